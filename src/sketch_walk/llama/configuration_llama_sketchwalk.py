@@ -1,0 +1,5 @@
+"""Promised import path of the Llama configuration."""
+
+from sketch_walk.integrations.llama import SketchWalkLlamaConfig
+
+__all__ = ["SketchWalkLlamaConfig"]
