@@ -1,0 +1,1 @@
+"""Bridges to model libraries; nothing here is imported with `sketch_walk` itself."""

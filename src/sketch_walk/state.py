@@ -1,0 +1,332 @@
+"""What the selector remembers of a sequence between calls; it lives with the KV cache, one `LayerSketch` per layer.
+
+Kept per layer: sketches of the keys; and, only when a walk is on, the transition rows of complete blocks and the queries
+of the last tokens. Transition rows of a new block need the queries of the whole block, which no KV cache holds: the ring
+of recent queries covers the open block and `ROLLBACK` tokens more, so that a crop of up to that many tokens (speculative
+decoding) loses nothing. After a deeper crop into a block, that one row is made from the queries seen since.
+
+Capacity grows with the sequence, in whole blocks; a state made with a fixed capacity never reallocates, which compiled
+graphs need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sketch_walk.config import SketchWalkConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, Shaped
+
+# Tokens that may be cropped and re-decoded without loss: above the 20 candidates that assisted decoding drafts.
+ROLLBACK = 32
+
+
+def packed_size(num_blocks: int) -> int:
+    """Entries of `num_blocks` rows of a lower triangle, stored one after the other."""
+    return num_blocks * (num_blocks + 1) // 2
+
+
+class LayerSketch:
+    """One layer's key sketches, transition rows and recent queries, for a batch of sequences.
+
+    Every tensor is indexed by rank (position among a sequence's real tokens), so sequences of a batch may differ in
+    length. The last sub-key, row entry and ring slot of each buffer takes the writes of sequences that have nothing to
+    write.
+
+    Parameters
+    ----------
+    config : SketchWalkConfig
+        Decides what is kept.
+    capacity : int, optional
+        Fixed number of tokens; None grows on demand.
+    """
+
+    def __init__(self, config: SketchWalkConfig, capacity: int | None = None) -> None:
+        self.config = config
+        self.capacity = capacity
+        self.num_blocks = 0
+        # Positions of the (padded) sequences that the state has taken in, on the host; with a fixed capacity the caller
+        # keeps count.
+        self.tokens = 0
+        self.pending: list[Tensor] = []
+        self.codes: Tensor | None = None
+        self.scales: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.ring: Tensor | None = None
+        self.ring_start: Tensor | None = None
+
+    @property
+    def ring_size(self) -> int:
+        """Recent tokens whose queries are kept."""
+        return self.config.block_size + ROLLBACK
+
+    def allocate(
+        self, batch: int, sketch_shape: tuple[int, int], ring_shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Make the buffers, once.
+
+        Parameters
+        ----------
+        sketch_shape : (heads, width) of key sketches
+        ring_shape : (heads, head_dim) of kept queries
+        dtype : torch.dtype
+            Of the model.
+        """
+        if self.codes is not None:
+            return
+        config = self.config
+        heads, width = sketch_shape
+        int8 = config.key_sketch_bits == 8
+        self.codes = torch.zeros(batch, heads, 1, width, dtype=torch.int8 if int8 else dtype, device=device)
+        if int8:
+            self.scales = torch.zeros(batch, heads, 1, 1, device=device)
+        if config.uses_walk:
+            selections = heads if config.head_mode == "per_kv_head" else 1
+            self.rows = torch.zeros(batch, selections, 1, dtype=config.walk_state_dtype, device=device)
+            ring_dtype = torch.float32 if config.head_mode == "mean" else dtype
+            heads, dim = ring_shape
+            self.ring = torch.zeros(batch, heads, self.ring_size + 1, dim, dtype=ring_dtype, device=device)
+            self.ring_start = torch.zeros(batch, dtype=torch.int64, device=device)
+        if self.capacity is not None:
+            self._grow(-(-self.capacity // config.block_size))
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens per sequence.
+
+        Raises
+        ------
+        ValueError
+            If that is more than a fixed capacity.
+        """
+        blocks = -(-tokens // self.config.block_size)
+        if blocks <= self.num_blocks:
+            return
+        if self.capacity is not None and tokens > self.capacity:
+            raise ValueError(f"the state holds {self.capacity} tokens per sequence, got {tokens}")
+        self._grow(blocks)
+
+    def _grow(self, blocks: int) -> None:
+        per_block = self.config.block_size // self.config.key_sub_block
+        assert self.codes is not None
+        self.codes = _grown(self.codes, blocks * per_block, dim=2)
+        if self.scales is not None:
+            self.scales = _grown(self.scales, blocks * per_block, dim=2)
+        if self.rows is not None:
+            old = packed_size(self.num_blocks)
+            self.rows = _grown(self.rows, packed_size(blocks), dim=2)
+            # A row never written keeps its mass where it is: the identity.
+            diagonal = [packed_size(i + 1) - 1 for i in range(self.num_blocks, blocks)]
+            self.rows[..., old:] = 0
+            self.rows[..., torch.tensor(diagonal, device=self.rows.device)] = 1
+        self.num_blocks = blocks
+
+    def write_keys(
+        self, index: Int[Tensor, "batch n"], real: Bool[Tensor, "batch n"], codes: Tensor, scales: Tensor | None
+    ) -> None:
+        """Store sub-key sketches at `index` where `real`; `codes` has shape (batch, heads, n, width)."""
+        assert self.codes is not None
+        _scatter(self.codes, index, real, codes.to(self.codes.dtype))
+        if self.scales is not None and scales is not None:
+            _scatter(self.scales, index, real, scales)
+
+    def read_keys(self, blocks: int) -> tuple[Tensor, Tensor | None]:
+        """Codes and scales of the sub-keys of the first `blocks` blocks, shape (batch, heads, sub_keys, ...)."""
+        assert self.codes is not None
+        stop = blocks * (self.config.block_size // self.config.key_sub_block)
+        return self.codes[:, :, :stop], None if self.scales is None else self.scales[:, :, :stop]
+
+    def write_rows(
+        self,
+        index: Int[Tensor, "batch n"],
+        complete: Bool[Tensor, "batch n"],
+        rows: Float[Tensor, "batch selections n blocks"],
+    ) -> None:
+        """Store transition rows of the blocks `index` where `complete`."""
+        assert self.rows is not None
+        batch, selections, n, blocks = rows.shape
+        column = torch.arange(blocks, device=rows.device)
+        at = index * (index + 1) // 2
+        kept = complete[..., None] & (column <= index[..., None])
+        target = torch.where(kept, at[..., None] + column, self.rows.shape[-1] - 1).view(batch, 1, n * blocks)
+        self.rows.scatter_(2, target.expand(-1, selections, -1), rows.reshape(batch, selections, -1))
+
+    def read_rows(self, blocks: int) -> Float[Tensor, "batch selections blocks blocks"]:
+        """The first `blocks` transition rows as a lower-triangular matrix; rows never written are the identity's."""
+        assert self.rows is not None
+        index = torch.arange(blocks, device=self.rows.device)
+        at = (index * (index + 1) // 2)[:, None] + index
+        lower = index <= index[:, None]
+        dense = self.rows[..., torch.where(lower, at, 0).flatten()].unflatten(-1, (blocks, blocks))
+        return torch.where(lower, dense, 0.0)
+
+    def write_queries(
+        self, rank: Int[Tensor, "batch n"], real: Bool[Tensor, "batch n"], queries: Shaped[Tensor, "batch heads n dim"]
+    ) -> None:
+        """Put the queries of tokens `rank` into the ring where `real`; `n` is at most the ring's size."""
+        assert self.ring is not None and self.ring_start is not None
+        _scatter(self.ring, rank % self.ring_size, real, queries.to(self.ring.dtype))
+        newest = torch.where(real, rank, -1).amax(1)
+        self.ring_start.copy_(torch.maximum(self.ring_start, newest + 1 - self.ring_size))
+
+    def read_queries(self, rank: Int[Tensor, "batch n"]) -> tuple[Shaped[Tensor, "batch heads n dim"], Bool[Tensor, "batch n"]]:
+        """Queries of tokens `rank` and whether the ring still holds them."""
+        assert self.ring is not None and self.ring_start is not None
+        slot = (rank % self.ring_size)[:, None, :, None].expand(-1, self.ring.shape[1], -1, self.ring.shape[3])
+        return self.ring.gather(2, slot), rank >= self.ring_start[:, None]
+
+    def defer(self, queries: Shaped[Tensor, "batch heads n dim"]) -> None:
+        """Keep the queries of a call that ran dense; the next sparse call takes them in."""
+        self.pending.append(queries.detach())
+
+    def take_pending(self, offset: int) -> Tensor | None:
+        """Deferred queries of the positions `self.tokens` ... `offset - 1`, if all of them are there; none stay behind."""
+        pending, self.pending = self.pending, []
+        missing = offset - self.tokens
+        if missing <= 0 or sum(queries.shape[2] for queries in pending) < missing:
+            return None
+        return torch.cat(pending, 2)[:, :, :missing]
+
+    @property
+    def pending_tokens(self) -> int:
+        """Positions whose queries wait to be taken in."""
+        return sum(queries.shape[2] for queries in self.pending)
+
+    def crop(self, tokens: int) -> None:
+        """Forget every position from `tokens` on (a cache crop). What the kept tokens left in the state stays."""
+        if tokens < 0:
+            raise ValueError(f"tokens must be at least 0, got {tokens}")
+        keep = max(0, tokens - self.tokens)
+        if self.pending:
+            self.pending = [torch.cat(self.pending, 2)[:, :, :keep]] if keep else []
+        self.tokens = min(self.tokens, tokens)
+
+    def reorder(self, index: Int[Tensor, " new_batch"]) -> None:
+        """Make sequence i of the new batch a copy of sequence ``index[i]`` (beam search)."""
+        for name in ("codes", "scales", "rows", "ring", "ring_start"):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                setattr(self, name, buffer.index_select(0, index.to(buffer.device)))
+        self.pending = [queries.index_select(0, index.to(queries.device)) for queries in self.pending]
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times in place (sequence 0 first)."""
+        if self.codes is not None:
+            batch = torch.arange(self.codes.shape[0], device=self.codes.device)
+            self.reorder(batch.repeat_interleave(repeats))
+        elif self.pending:
+            self.pending = [queries.repeat_interleave(repeats, 0) for queries in self.pending]
+
+    def reset(self) -> None:
+        """Forget everything; a fixed capacity keeps its buffers, at their addresses."""
+        self.tokens = 0
+        self.pending = []
+        if self.capacity is not None and self.codes is not None:
+            if self.ring_start is not None:
+                self.ring_start.zero_()
+            return
+        self.num_blocks = 0
+        self.codes = self.scales = self.rows = self.ring = self.ring_start = None
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held, by part: keys, rows, queries (ring and deferred)."""
+        size = {
+            "keys": _bytes((self.codes, self.scales)),
+            "rows": _bytes((self.rows,)),
+            "queries": _bytes((self.ring, self.ring_start, *self.pending)),
+        }
+        return size
+
+
+class SketchState:
+    """State of a whole model for one batch of sequences: a `LayerSketch` per layer and the walk of the running forward pass.
+
+    The caller of `SketchWalkAttention` owns one per batch, hands it to every layer of every call, and drops it with the
+    KV cache. Nothing of it is kept anywhere else.
+
+    Parameters
+    ----------
+    config : SketchWalkConfig
+        The config of the attention that will use it.
+    """
+
+    def __init__(self, config: SketchWalkConfig) -> None:
+        self.config = config
+        self.layers: dict[int, LayerSketch] = {}
+        self.walk: Tensor | None = None
+        self.last_layer = -1
+
+    def enter(self, layer_idx: int) -> LayerSketch:
+        """The layer's sketch; a layer that is not after the last one begins a new forward pass, and with it a new walk."""
+        if layer_idx <= self.last_layer:
+            self.walk = None
+        self.last_layer = layer_idx
+        if layer_idx not in self.layers:
+            self.layers[layer_idx] = LayerSketch(self.config)
+        return self.layers[layer_idx]
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first `tokens` positions of every layer."""
+        for layer in self.layers.values():
+            layer.crop(tokens)
+        self._end_pass()
+
+    def reorder(self, index: Int[Tensor, " new_batch"]) -> None:
+        """Reorder the sequences of every layer."""
+        for layer in self.layers.values():
+            layer.reorder(index)
+        self._end_pass()
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        for layer in self.layers.values():
+            layer.repeat(repeats)
+        self._end_pass()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers = {}
+        self._end_pass()
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes held over all layers, by part."""
+        total = {"keys": 0, "rows": 0, "queries": 0}
+        for layer in self.layers.values():
+            for part, size in layer.nbytes().items():
+                total[part] += size
+        return total
+
+    def _end_pass(self) -> None:
+        self.walk = None
+        self.last_layer = -1
+
+
+def _grown(buffer: Tensor, size: int, dim: int) -> Tensor:
+    """`buffer` with `size` entries (and the spare one) along `dim`; the new ones are zero."""
+    shape = list(buffer.shape)
+    used = shape[dim] - 1
+    shape[dim] = size + 1
+    grown = buffer.new_zeros(shape)
+    grown.narrow(dim, 0, used).copy_(buffer.narrow(dim, 0, used))
+    return grown
+
+
+def _scatter(
+    buffer: Shaped[Tensor, "batch heads slots dim"],
+    index: Int[Tensor, "batch n"],
+    real: Bool[Tensor, "batch n"],
+    values: Shaped[Tensor, "batch heads n dim"],
+) -> None:
+    """buffer[b, :, index[b, j]] = values[b, :, j] where real[b, j]; the rest goes to the spare slot."""
+    batch, heads, slots, dim = buffer.shape
+    slot = torch.where(real, index, slots - 1)[:, None]
+    row = (torch.arange(batch * heads, device=buffer.device).view(batch, heads, 1) * slots + slot).flatten()
+    buffer.view(-1, dim).index_copy_(0, row, values.reshape(-1, dim))
+
+
+def _bytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
