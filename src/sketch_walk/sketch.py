@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.hadamard import sketch_matrix, sketch_width
@@ -156,3 +156,76 @@ def block_scores(
         return scores if config.head_mode == "per_kv_head" else scores.amax(1, keepdim=True)
     scores = (mass.sum(4) / full.sum(4).clamp(min=1)).mean(2)
     return scores if config.head_mode == "per_kv_head" else scores.mean(1, keepdim=True)
+
+
+class Sketch(nn.Module):
+    """Stages 1 to 3 for one whole call without padding: queries and keys in, block scores out.
+
+    Parameters
+    ----------
+    config : SketchWalkConfig
+    head_dim : int
+        Size of the last dimension of queries and keys.
+    """
+
+    def __init__(self, config: SketchWalkConfig, head_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = head_dim
+
+    @torch.no_grad()
+    def forward(
+        self,
+        Q: Float[Tensor, "batch heads num_queries head_dim"],
+        K: Float[Tensor, "batch kv_heads num_keys head_dim"],
+        causal: bool = True,
+    ) -> Float[Tensor, "batch selections query_blocks key_blocks"]:
+        """Block scores.
+
+        Parameters
+        ----------
+        Q, K : torch.Tensor
+            Shapes (batch, num_heads, n_q, head_dim) and (batch, num_kv_heads, n_k, head_dim); the queries are the last n_q
+            tokens.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 in [0, 1], shape (batch, 1 or num_kv_heads, query blocks, key blocks), 0 beyond the diagonal.
+
+        Raises
+        ------
+        ValueError
+            For a last dimension that is not `head_dim`, or fewer keys than queries.
+        """
+        for name, x in (("Q", Q), ("K", K)):
+            if x.dim() != 4 or x.shape[-1] != self.head_dim:
+                raise ValueError(f"{name} must have shape (batch, heads, tokens, {self.head_dim}), got {tuple(x.shape)}")
+        past, total = K.shape[2] - Q.shape[2], K.shape[2]
+        if past < 0:
+            raise ValueError(f"K must hold every token so far: it has {total}, fewer than the {Q.shape[2]} of Q")
+        size, lead = self.config.block_size, past % self.config.block_size
+        queries = _whole_blocks(Q, lead, size).transpose(1, 2)
+        keys = _whole_blocks(K, 0, size)
+        rank = torch.arange(past - lead, past - lead + queries.shape[1] * size, device=Q.device).view(1, -1, size)
+        real = ((rank >= past) & (rank < total)).expand(Q.shape[0], -1, -1)
+        sub = self.config.query_sub_block
+        ends = rank.unflatten(-1, (-1, sub))[..., -1].clamp(max=total - 1)
+        last_rank = torch.where(real.unflatten(-1, (-1, sub)).any(-1), ends, -1)
+        key_real = torch.arange(keys.shape[2] * size, device=K.device).expand(K.shape[0], 1, -1) < total
+        sketched_keys = sketch_tokens(keys.flatten(2, 3)[:, None], key_real, self.config.key_sub_block, self.config)[:, 0]
+        return block_scores(
+            sketch_tokens(queries, real, sub, self.config),
+            last_rank,
+            sketched_keys,
+            torch.full((K.shape[0],), total, device=K.device),
+            scale=score_scale(self.head_dim, 1.0 / math.sqrt(self.head_dim), self.config),
+            config=self.config,
+            causal=causal,
+        )
+
+
+def _whole_blocks(x: Tensor, lead: int, size: int) -> Tensor:
+    """Split the tokens of `x` into blocks, zeros before and after: (batch, heads, blocks, size, dim)."""
+    tail = -(lead + x.shape[2]) % size
+    return nn.functional.pad(x, (0, 0, lead, tail)).unflatten(2, (-1, size))

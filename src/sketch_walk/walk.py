@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sketch_walk.config import SketchWalkConfig
 
@@ -71,10 +71,52 @@ def walk_step(
     walk = previous
     block = torch.arange(rows.shape[-1], device=rows.device)
     earlier = block < row_index[:, None, :, None]
-    own = row_index[:, None, :, None].expand(*rows.shape[:-1], 1)
+    # Rows that pad a ragged batch may lie past the last block; what they hold is never read.
+    own = row_index.clamp(max=rows.shape[-1] - 1)[:, None, :, None].expand(*rows.shape[:-1], 1)
     for _ in range(config.walk_degree if config.walk == "damped" else 1):
         hop = torch.where(earlier, walk, 0.0) @ transitions + walk.gather(-1, own) * rows
         walk = hop if config.walk == "product" else (1 - config.walk_beta) * rows + config.walk_beta * hop
     if config.walk == "product":
         walk = walk / walk.amax(-1, keepdim=True).clamp(min=torch.finfo(walk.dtype).tiny)
     return walk
+
+
+class Walk(nn.Module):
+    """Stage 4 for one whole call: block scores of each layer in, rows of R out. Holds no state.
+
+    Parameters
+    ----------
+    config : SketchWalkConfig
+    """
+
+    def __init__(self, config: SketchWalkConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @torch.no_grad()
+    def forward(
+        self,
+        scores: Float[Tensor, "batch selections blocks blocks"],
+        previous: Float[Tensor, "batch selections blocks blocks"] | None = None,
+    ) -> Float[Tensor, "batch selections blocks blocks"]:
+        """Rows of R after this layer.
+
+        Parameters
+        ----------
+        scores : torch.Tensor
+            Block scores of a whole sequence (`sketch_walk.sketch.Sketch`), as many rows as columns.
+        previous : torch.Tensor, optional
+            R after the previous sparse layer; None in the first.
+
+        Raises
+        ------
+        ValueError
+            If `scores` is not square or `previous` has another shape.
+        """
+        if scores.dim() != 4 or scores.shape[-1] != scores.shape[-2]:
+            raise ValueError(f"scores must have shape (batch, selections, blocks, blocks), got {tuple(scores.shape)}")
+        if previous is not None and previous.shape != scores.shape:
+            raise ValueError(f"previous must have the shape of scores, {tuple(scores.shape)}, got {tuple(previous.shape)}")
+        rows = transition_rows(scores, self.config)
+        index = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape[0], -1)
+        return walk_step(previous, rows, rows, index, self.config)

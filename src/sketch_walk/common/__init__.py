@@ -1,0 +1,1 @@
+"""Promised import path; see `sketch_walk.common.core`."""
