@@ -59,7 +59,7 @@ class SampleScore:
 
 
 class HeatMap(NamedTuple):
-    """Accuracy over depth and length: ``accuracy[i][j]`` is that of ``depths[i]`` at ``lengths[j]``, None if unmeasured."""
+    """Accuracy by depth and length: ``accuracy[i][j]`` belongs to ``depths[i]`` and ``lengths[j]``, None if unmeasured."""
 
     depths: tuple[float, ...]
     lengths: tuple[int, ...]

@@ -1,0 +1,252 @@
+"""Figures, drawn off screen. matplotlib is imported when the first one is drawn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sketch_walk.extras import require
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+READ, SKIPPED, FUTURE = "#1f5fa8", "#dfe7f1", "#ffffff"
+NEEDLE = "#d1495b"
+SERIES = ("#1f5fa8", "#d1495b", "#2a9d6f", "#e9a13b", "#7b5ea7", "#5c6770")
+INK = "#2b2f36"
+
+
+class Curve(NamedTuple):
+    """Points of one line: `x` ascending, `y` of the same length."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def selection_grid(indices: Int[Tensor, "num_query_blocks max_selected"]) -> Int[Tensor, "num_query_blocks num_blocks"]:
+    """A selection as a picture: 1 where a query block read a key block, 0 where it skipped one, -1 in the future.
+
+    Parameters
+    ----------
+    indices : torch.Tensor
+        Shape (num_query_blocks, max_selected), int32: ascending, the diagonal block last, -1 beyond the count.
+
+    Raises
+    ------
+    ValueError
+        If `indices` is not two-dimensional or empty.
+    """
+    if indices.ndim != 2 or indices.numel() == 0:
+        raise ValueError(f"indices must be a non-empty [num_query_blocks, max_selected], got {tuple(indices.shape)}")
+    rows = indices.to("cpu", torch.int64)
+    diagonal = rows.amax(dim=1)
+    columns = int(diagonal.max()) + 1
+    grid = torch.where(torch.arange(columns) <= diagonal[:, None], 0, -1)
+    row, slot = torch.nonzero(rows >= 0, as_tuple=True)
+    grid[row, rows[row, slot]] = 1
+    return grid
+
+
+def plot_block_selection(
+    path: str | os.PathLike[str],
+    layers: Mapping[int, Int[Tensor, "num_query_blocks max_selected"]],
+    *,
+    block_size: int,
+    needle_tokens: Sequence[int] = (),
+    title: str = "Key blocks that each query block read",
+) -> None:
+    """Draw which blocks were read, one panel a layer, and write a PNG.
+
+    Parameters
+    ----------
+    path : str or path
+        File to write; its folder is made.
+    layers : mapping of int to torch.Tensor
+        Layer index to selection, as `selection_grid` takes it.
+    block_size : int
+        Tokens per block.
+    needle_tokens : sequence of int
+        Positions of tokens to point at on the key axis.
+    title : str
+
+    Raises
+    ------
+    ValueError
+        If `layers` is empty.
+    """
+    if not layers:
+        raise ValueError("layers must hold at least one selection")
+    colors, patches = require("matplotlib.colors", "eval"), require("matplotlib.patches", "eval")
+    columns = min(len(layers), 3)
+    rows = -(-len(layers) // columns)
+    figure, axes = _figure(rows, columns, width=4.3, height=4.5)
+    palette = colors.ListedColormap([FUTURE, SKIPPED, READ])
+    for axis, (layer, indices) in zip(axes, layers.items(), strict=False):
+        grid = selection_grid(indices)
+        read, causal = int((grid == 1).sum()), int((grid >= 0).sum())
+        axis.imshow(grid.numpy(), cmap=palette, vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
+        for token in needle_tokens:
+            axis.axvline(token / block_size - 0.5, color=NEEDLE, linewidth=1.2, linestyle=(0, (4, 2)))
+        axis.set_title(f"layer {layer}: {read / causal:.0%} of the causal blocks", fontsize=10)
+        axis.set_xlabel(f"key block ({block_size} tokens)")
+        axis.set_ylabel("query block")
+    handles = [patches.Patch(facecolor=READ, label="read"), patches.Patch(facecolor=SKIPPED, label="skipped")]
+    if needle_tokens:
+        handles.append(require("matplotlib.lines", "eval").Line2D([], [], color=NEEDLE, linestyle="--", label="needle"))
+    for axis in axes[len(layers) :]:
+        axis.axis("off")
+    figure.suptitle(title, fontsize=13)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    _write(figure, path)
+
+
+def plot_needle_heat_map(
+    path: str | os.PathLike[str],
+    depths: Sequence[float],
+    lengths: Sequence[int],
+    accuracy: Sequence[Sequence[float | None]],
+    *,
+    title: str = "Needle retrieval",
+) -> None:
+    """Draw accuracy over depth and length, and write a PNG.
+
+    Parameters
+    ----------
+    path : str or path
+        File to write; its folder is made.
+    depths, lengths : sequence
+        Rows (0 is the start of the text) and columns (tokens).
+    accuracy : sequence of rows
+        Values in [0, 1], None where nothing was measured.
+    title : str
+
+    Raises
+    ------
+    ValueError
+        If `accuracy` is not of shape (depths, lengths).
+    """
+    if len(accuracy) != len(depths) or any(len(row) != len(lengths) for row in accuracy) or not depths or not lengths:
+        raise ValueError(f"accuracy must have {len(depths)} rows of {len(lengths)} values, none of them 0")
+    values = [[float("nan") if value is None else value for value in row] for row in accuracy]
+    figure, (axis,) = _figure(1, 1, width=max(4.5, 1.8 + 0.9 * len(lengths)), height=max(3.2, 1.6 + 0.5 * len(depths)))
+    colors = require("matplotlib.colors", "eval").LinearSegmentedColormap.from_list(
+        "", ["#d1495b", "#f3e3b3", "#2a9d6f"]
+    )
+    colors.set_bad("#e6e8eb")
+    image = axis.imshow(values, cmap=colors, vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            axis.text(j, i, "–" if value != value else f"{value:.0%}", ha="center", va="center", color=INK, fontsize=9)
+    axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axis.set_xlabel("prompt tokens")
+    axis.set_ylabel("depth of the needle")
+    axis.set_title(title)
+    axis.tick_params(length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    figure.colorbar(image, ax=axis, format=lambda value, _: f"{value:.0%}", label="accuracy")
+    _write(figure, path)
+
+
+def plot_quality_against_density(
+    path: str | os.PathLike[str],
+    curves: Mapping[str, Curve],
+    *,
+    dense: float | None = None,
+    ylabel: str = "accuracy",
+    title: str = "Quality against density",
+) -> None:
+    """Draw a quality (y) over the fraction of causal blocks read (x in (0, 1]), one line a name, and write a PNG.
+
+    Parameters
+    ----------
+    path : str or path
+        File to write; its folder is made.
+    curves : mapping of str to Curve
+    dense : float, optional
+        Quality of dense attention, drawn as a level.
+    ylabel, title : str
+
+    Raises
+    ------
+    ValueError
+        If `curves` is empty or a curve's lengths differ.
+    """
+    figure, axis = _line_figure(curves, title)
+    if dense is not None:
+        axis.axhline(dense, color=INK, linewidth=1.2, linestyle="--", label="dense")
+    axis.set_xlabel("fraction of causal blocks read")
+    axis.set_ylabel(ylabel)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.legend(frameon=False)
+    _write(figure, path)
+
+
+def plot_speed_against_length(
+    path: str | os.PathLike[str],
+    curves: Mapping[str, Curve],
+    *,
+    ylabel: str = "tokens per second",
+    title: str = "Speed against length",
+) -> None:
+    """Draw a speed (y) over prompt tokens (x, logarithmic), one line a name, and write a PNG.
+
+    Parameters
+    ----------
+    path : str or path
+        File to write; its folder is made.
+    curves : mapping of str to Curve
+    ylabel, title : str
+
+    Raises
+    ------
+    ValueError
+        If `curves` is empty or a curve's lengths differ.
+    """
+    figure, axis = _line_figure(curves, title)
+    axis.set_xscale("log", base=2)
+    ticks = sorted({int(x) for curve in curves.values() for x in curve.x})
+    axis.set_xticks(ticks, [f"{tick // 1024}K" if tick % 1024 == 0 else f"{tick:,}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("prompt tokens")
+    axis.set_ylabel(ylabel)
+    axis.legend(frameon=False)
+    _write(figure, path)
+
+
+def _line_figure(curves: Mapping[str, Curve], title: str) -> tuple[Any, Any]:
+    if not curves:
+        raise ValueError("curves must hold at least one line")
+    for name, curve in curves.items():
+        if len(curve.x) != len(curve.y) or len(curve.x) == 0:
+            raise ValueError(f"curve {name!r} has {len(curve.x)} x and {len(curve.y)} y values; expected equally many")
+    figure, (axis,) = _figure(1, 1, width=6.4, height=4.2)
+    for i, (name, curve) in enumerate(curves.items()):
+        axis.plot(curve.x, curve.y, marker="o", markersize=5, linewidth=2, color=SERIES[i % len(SERIES)], label=name)
+    axis.set_title(title)
+    axis.grid(color="#e6e8eb")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def _figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
+    # The Agg canvas of a bare Figure needs no display and leaves the process's backend alone.
+    figure = require("matplotlib.figure", "eval").Figure(
+        figsize=(width * columns, height * rows), dpi=150, layout="constrained", facecolor="white"
+    )
+    require("matplotlib.backends.backend_agg", "eval").FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _write(figure: Any, path: str | os.PathLike[str]) -> None:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, format="png")
