@@ -118,14 +118,19 @@ class HadamardTransform(nn.Module):
         return f"head_dim={self.head_dim}, sketch_dim={self.sketch_dim}, rotation={self.is_rotation}"
 
 
-@lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def sketch_matrix(
-    head_dim: int, sketch_dim: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
+    head_dim: int, sketch_dim: int, seed: int, device: torch.device
 ) -> Float[Tensor, "head_dim sketch_dim"]:
-    """`HadamardTransform` as one matrix: for the small head dimensions of attention one product beats log n passes."""
+    """`HadamardTransform` as one float32 matrix: for the head dimensions of attention one product beats log n passes."""
+    return _sketch_matrix(head_dim, sketch_dim, seed, device)
+
+
+@lru_cache(maxsize=64)
+def _sketch_matrix(head_dim: int, sketch_dim: int, seed: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         identity = torch.eye(head_dim, dtype=torch.float64)
-        return HadamardTransform(head_dim, sketch_dim, seed)(identity).to(device, dtype)
+        return HadamardTransform(head_dim, sketch_dim, seed)(identity).to(device, torch.float32)
 
 
 def _binary_parts(n: int) -> list[int]:

@@ -47,9 +47,14 @@ class RowCounts(NamedTuple):
     local: Int[Tensor, " blocks_plus_1"]
 
 
-@lru_cache(maxsize=256)
+@torch.compiler.assume_constant_result
 def row_counts(config: SketchWalkConfig, num_blocks: int, device: torch.device) -> RowCounts:
     """Counts of rows with 0 ... `num_blocks` causal blocks."""
+    return _row_counts(config, num_blocks, device)
+
+
+@lru_cache(maxsize=256)
+def _row_counts(config: SketchWalkConfig, num_blocks: int, device: torch.device) -> RowCounts:
     available = range(num_blocks + 1)
     columns = ([count(n) for n in available] for count in (config.budget, config.sink_count, config.local_count))
     with torch.inference_mode(False):
