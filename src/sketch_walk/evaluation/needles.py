@@ -38,7 +38,7 @@ class NeedleSample(NamedTuple):
     """One prompt with its answer.
 
     `prompt` is [1, tokens] and `answer` [answer_tokens], both int64; `depth` is where the asked code lies, 0 at the
-    start of the haystack and 1 at its end.
+    start of the haystack and 1 at its end; the sentence that tells it starts at token `needle_start` of `prompt`.
     """
 
     task: str
@@ -47,6 +47,7 @@ class NeedleSample(NamedTuple):
     question: str
     answer_text: str
     depth: float
+    needle_start: int
 
 
 def make_sample(
@@ -93,10 +94,13 @@ def make_sample(
         raise ValueError(f"tokens must be at least {tokens - room} for the task {task!r}, got {tokens}")
     hay = _haystack(tokenizer, kind, seed, room)
     body: list[int] = []
-    done = 0
+    done = needle_start = 0
     for position, fact in sorted(zip(depths, facts, strict=True)):
         at = round(position * room)
-        body += hay[done:at] + fact
+        body += hay[done:at]
+        if fact is facts[0]:
+            needle_start = len(head) + len(body)
+        body += fact
         done = at
     prompt = head + body + hay[done:] + tail
     return NeedleSample(
@@ -106,6 +110,7 @@ def make_sample(
         question=question,
         answer_text=codes[0],
         depth=depths[0],
+        needle_start=needle_start,
     )
 
 

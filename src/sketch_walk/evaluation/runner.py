@@ -19,6 +19,9 @@ from sketch_walk.extras import require
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Generated beyond the answer's length, for a colon or a word before it.
+SPARE_TOKENS = 6
+
 
 class Recorder(Protocol):
     """What `evaluate` asks of an enabled handle: the calls it recorded, and their summary."""
@@ -34,9 +37,11 @@ class Recorder(Protocol):
 class SampleScore:
     """One prompt's outcome.
 
-    `correct` is teacher forced: every answer token is the most likely one, as greedy decoding would have it. `nll` is
-    the answer's mean loss in nats per token, `seconds` the wall time of that one forward pass. `generated` is None
-    unless generation was asked for; densities are None for a model without a recording handle.
+    `correct` is teacher forced: every answer token is the most likely one. For a dense model that is what greedy
+    decoding would give; for a sparse one it is a little kinder, because the answer's own queries take part in choosing
+    the last block's selection. `nll` is the answer's mean loss in nats per token, `seconds` the wall time of that one
+    forward pass. `generated` is None unless generation was asked for; densities are None for a model without a
+    recording handle.
     """
 
     task: str
@@ -54,12 +59,12 @@ class SampleScore:
 
     @property
     def generated_correctly(self) -> bool | None:
-        """Whether the generated text starts with the expected code; None when nothing was generated."""
-        return None if self.generated is None else self.generated.startswith(self.expected)
+        """Whether the generated text holds the expected code; None when nothing was generated."""
+        return None if self.generated is None else self.expected in self.generated
 
 
 class HeatMap(NamedTuple):
-    """Accuracy by depth and length: ``accuracy[i][j]`` belongs to ``depths[i]`` and ``lengths[j]``, None if unmeasured."""
+    """Accuracy by depth and length: ``accuracy[i][j]`` is of ``depths[i]``, ``lengths[j]``; None if unmeasured."""
 
     depths: tuple[float, ...]
     lengths: tuple[int, ...]
@@ -81,6 +86,11 @@ class EvaluationResult:
     def accuracy(self) -> float:
         """Fraction of samples that are correct."""
         return _mean([float(s.correct) for s in self.samples])
+
+    @property
+    def generated_accuracy(self) -> float | None:
+        """Fraction of samples whose generated text holds the code, None if none was generated."""
+        return _mean_or_none([s.generated_correctly for s in self.samples])
 
     @property
     def nll(self) -> float:
@@ -131,6 +141,7 @@ class EvaluationResult:
     def _means(self) -> dict[str, Any]:
         return {
             "accuracy": self.accuracy,
+            "generated_accuracy": self.generated_accuracy,
             "nll": self.nll,
             "seconds": self.seconds,
             "block_density": self.block_density,
@@ -224,7 +235,7 @@ def _score(
     generate: bool,
 ) -> SampleScore:
     prompt, answer = sample.prompt.to(model.device), sample.answer.to(model.device)
-    generated = _generate(model, tokenizer, prompt, len(answer)) if generate else None
+    generated = _generate(model, tokenizer, prompt, len(answer) + SPARE_TOKENS) if generate else None
     if handle is not None:
         handle.calls.clear()
     begin = time.perf_counter()

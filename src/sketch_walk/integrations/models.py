@@ -232,6 +232,11 @@ def embedded_gguf() -> Path:
     return found[0]
 
 
+def embedded_target(gguf: Path) -> Path:
+    """Folder of the converted copy of `gguf`, made or not."""
+    return cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}-bf16"
+
+
 def embedded_folder() -> Path:
     """A bfloat16 copy of the embedded model as transformers saves it, made on first use and re-made when damaged.
 
@@ -241,7 +246,7 @@ def embedded_folder() -> Path:
         If the package is missing or its file is corrupt.
     """
     gguf = embedded_gguf()
-    target = cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}-bf16"
+    target = embedded_target(gguf)
     if not is_intact(target):
         _convert(gguf, target)
     return target

@@ -1,0 +1,109 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sketch_walk.cli.settings import make_config
+from sketch_walk.complexity import ModelShape
+
+app = typer.Typer(
+    help="Training-free block-sparse attention for long-context LLM inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="Hub id, folder or .gguf file. Default: the embedded SmolLM2.")
+]
+GgufFile = Annotated[str | None, typer.Option(help="Name of the GGUF file inside --model.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... Default: the GPU if there is one.")]
+Preset = Annotated[str | None, typer.Option(help="default, high_quality, high_speed or long_context.")]
+Density = Annotated[float | None, typer.Option(help="Fraction of the causal blocks to read, in (0, 1].")]
+BlockSize = Annotated[int | None, typer.Option(help="Tokens per block.")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Blocks read by each query block.")]
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 3000,
+    samples: Annotated[int, typer.Option(help="Prompts of each of the three tasks.")] = 2,
+    density: Annotated[float, typer.Option(help="Fraction of the causal blocks to read.")] = 0.2,
+    output: Annotated[Path, typer.Option(help="Folder for demo.json and blocks.png.")] = Path("demo-output"),
+    device: Device = None,
+) -> None:
+    """Ask a model for codes hidden in long texts, with dense and with sparse attention, side by side."""
+    from sketch_walk.cli.demo import run_demo
+
+    run_demo(model=model, tokens=tokens, samples=samples, density=density, output=output, device=device)
+
+
+@app.command()
+def generate(
+    model: Model = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt from a text file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 100,
+    mode: Annotated[str, typer.Option(help="Which calls are sparse: both, prefill or decode.")] = "both",
+    dense: Annotated[bool, typer.Option("--dense", help="Run the model's own dense attention.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave the model's chat template out.")] = False,
+    density: Density = None,
+    preset: Preset = None,
+    block_size: BlockSize = None,
+    top_k: TopK = None,
+    dense_below: Annotated[
+        int | None, typer.Option(min=0, help="Run shorter calls dense. Default: the measured crossover.")
+    ] = None,
+    gguf_file: GgufFile = None,
+    device: Device = None,
+) -> None:
+    """Continue a prompt greedily, and say what was read and how fast."""
+    from sketch_walk.cli.generate import read_prompt, run_generate
+
+    config = None
+    if not dense:
+        if density is None and preset is None and top_k is None:
+            density = 0.2
+        config = make_config(preset, density, block_size, top_k, dense_below)
+    run_generate(
+        model=model,
+        prompt=read_prompt(prompt, file),
+        config=config,
+        mode=mode,
+        raw=raw,
+        max_new_tokens=max_new_tokens,
+        gguf_file=gguf_file,
+        device=device,
+    )
+
+
+@app.command()
+def sparsity(
+    seq_len: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 65_536,
+    preset: Preset = None,
+    block_size: BlockSize = None,
+    top_k: TopK = None,
+    density: Density = None,
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = ModelShape().layers,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = ModelShape().heads,
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = ModelShape().kv_heads,
+    head_dim: Annotated[int, typer.Option(help="Size of one head.")] = ModelShape().head_dim,
+) -> None:
+    """Count operations and memory for a model shape (default: Llama-3.1-8B in 16 bits)."""
+    from sketch_walk.cli.sparsity import run_sparsity
+
+    config = make_config(preset, density, block_size, top_k)
+    run_sparsity(seq_len, config, ModelShape(layers, heads, kv_heads, head_dim))
+
+
+@app.command()
+def info() -> None:
+    """Versions, device, kernels, and where dense attention is still faster."""
+    from sketch_walk.cli.info import run_info
+
+    run_info()
