@@ -75,8 +75,11 @@ class Layout:
         return slots if self.query_index is None else self.query_index.gather(1, slots)
 
     def key_positions(self, ranks: Int[Tensor, "batch n"]) -> Int[Tensor, "batch n"]:
-        """Positions, in the key tensor, of the keys of rank `ranks`; out-of-range ranks give any position."""
-        ranks = ranks.clamp(0, max(0, self.num_keys - 1))
+        """Positions, in the key tensor, of the keys of rank `ranks`; out-of-range ranks give the last real token's.
+
+        A key that is masked out still meets its zero weight in a product: padding may hold NaN, real tokens do not.
+        """
+        ranks = torch.minimum(ranks, self.length[:, None] - 1).clamp(min=0)
         return ranks if self.key_index is None else self.key_index.gather(1, ranks)
 
 
