@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
-from sketch_walk.layout import Layout, make_layout, take_tokens
+from sketch_walk.layout import Layout, make_layout, slice_bytes, take_tokens
 from sketch_walk.selection import BlockSelection, select_blocks
 from sketch_walk.sketch import (
     KeySketch,
@@ -202,7 +202,7 @@ def call_scores(
     sub_queries = 1 if single else size // config.query_sub_block
     per_block = size // config.key_sub_block
     bytes_per_row = batch * sketched_heads(heads, config) * sub_queries * blocks * per_block * 4
-    step = max(1, 3 * query.nbytes // 8 // max(1, bytes_per_row))
+    step = max(1, slice_bytes(query, query, query) // max(1, bytes_per_row))
     for lo in range(0, num_rows, step):
         hi = min(lo + step, num_rows)
         visible = min(blocks, most + hi) if causal else blocks

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int, Shaped
 
 
+# Working memory that a slice of query blocks may always take: smaller slices are all overhead.
+LEAST_SLICE_BYTES = {"cpu": 2 << 20}
+LEAST_SLICE_BYTES_ELSEWHERE = 128 << 20
+
+
+def slice_bytes(*inputs: Tensor) -> int:
+    """Bytes of gathered or scored data that one slice of query blocks may take: an eighth of the inputs', or a floor."""
+    floor = LEAST_SLICE_BYTES.get(inputs[0].device.type, LEAST_SLICE_BYTES_ELSEWHERE)
+    return max(floor, sum(x.nbytes for x in inputs) // 8)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Ranks of one call's queries and keys.

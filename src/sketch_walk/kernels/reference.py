@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sketch_walk.layout import Layout, take_tokens
+from sketch_walk.layout import Layout, slice_bytes, take_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
@@ -47,7 +47,7 @@ def attend_selected(
 
     Notes
     -----
-    Query blocks are worked in slices, so that the gathered keys stay below an eighth of the bytes of query, key and value.
+    Query blocks are worked in slices of `slice_bytes` of gathered keys and values.
     """
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
@@ -62,7 +62,7 @@ def attend_selected(
     rows_out = query.new_zeros(batch * num_queries * heads + 1, value_dim)
     widths = [indices.shape[3]] * num_rows if torch.compiler.is_compiling() else _widths(counts)
     bytes_per_block = batch * kv_heads * block_size * (head_dim + value_dim) * key.element_size()
-    room = max(1, (query.nbytes + key.nbytes + value.nbytes) // 8 // max(1, bytes_per_block))
+    room = slice_bytes(query, key, value) // max(1, bytes_per_block)
     for lo, hi in _slices(widths, room):
         rows, blocks = hi - lo, max(1, *widths[lo:hi])
         block = indices[:, :, lo:hi, :blocks].transpose(1, 2).long()
