@@ -168,7 +168,9 @@ def count_memory(seq_len: int, config: SketchWalkConfig, shape: ModelShape) -> M
     if config.uses_walk:
         entry = torch.finfo(config.walk_state_dtype).bits // 8
         rows = _selection_heads(config, shape) * blocks * (blocks + 1) // 2 * entry
-        ring = min(seq_len, config.block_size + QUERY_RING_SPARE) * shape.heads * vector
+        # Head-averaged queries are one vector, kept in float32.
+        ring_vector = 4 * shape.head_dim if config.head_mode == "mean" else shape.heads * vector
+        ring = (config.block_size + QUERY_RING_SPARE) * ring_vector
     sparse_layers = max(0, shape.layers - config.skip_first_n_layers)
     return Memory(
         qkv=seq_len * (shape.heads + 2 * shape.kv_heads) * vector,

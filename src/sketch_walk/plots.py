@@ -91,7 +91,8 @@ def plot_block_selection(
         read, causal = int((grid == 1).sum()), int((grid >= 0).sum())
         axis.imshow(grid.numpy(), cmap=palette, vmin=-1, vmax=1, interpolation="nearest", aspect="auto")
         for token in needle_tokens:
-            axis.axvline(token / block_size - 0.5, color=NEEDLE, linewidth=1.2, linestyle=(0, (4, 2)))
+            # Tokens run along the axis in blocks whose centres are the integers.
+            axis.axvline(token / block_size - 0.5, color=NEEDLE, linewidth=1.0, linestyle=(0, (4, 3)), alpha=0.8)
         axis.set_title(f"layer {layer}: {read / causal:.0%} of the causal blocks", fontsize=10)
         axis.set_xlabel(f"key block ({block_size} tokens)")
         axis.set_ylabel("query block")
@@ -137,7 +138,6 @@ def plot_needle_heat_map(
     colors = require("matplotlib.colors", "eval").LinearSegmentedColormap.from_list(
         "", ["#d1495b", "#f3e3b3", "#2a9d6f"]
     )
-    colors.set_bad("#e6e8eb")
     image = axis.imshow(values, cmap=colors, vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(values):
         for j, value in enumerate(row):

@@ -14,7 +14,7 @@ require("transformers", "transformers")
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel  # noqa: E402
 
-from sketch_walk.integrations.transformers import enable  # noqa: E402
+from sketch_walk.integrations.transformers import MODES, enable  # noqa: E402
 
 if TYPE_CHECKING:
     import os
@@ -37,13 +37,15 @@ class SketchWalkLlamaConfig(LlamaConfig):
     Raises
     ------
     ValueError, TypeError
-        For a field that `SketchWalkConfig` refuses.
+        For a field that `SketchWalkConfig` refuses, or an unknown mode.
     """
 
     sketch_walk: dict[str, Any] | None = None
     sketch_walk_mode: str = "both"
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.sketch_walk_mode not in MODES:
+            raise ValueError(f"unknown mode {self.sketch_walk_mode!r}; expected one of {MODES}")
         self.sketch_walk = SketchWalkConfig.from_dict(self.sketch_walk or {}).to_dict()
         super().__post_init__(**kwargs)
 

@@ -1,0 +1,93 @@
+"""Figures: the right pixels are dark, and every file is a PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from sketch_walk.plots import (
+    Curve,
+    plot_block_selection,
+    plot_needle_heat_map,
+    plot_quality_against_density,
+    plot_speed_against_length,
+    selection_grid,
+)
+
+SELECTION = torch.tensor([[0, -1, -1], [0, 1, -1], [0, 2, -1], [1, 2, 3]], dtype=torch.int32)
+RED, BLUE = (0.82, 0.29, 0.36), (0.12, 0.37, 0.66)
+
+
+def share_of(path: Path, color: tuple[float, float, float]) -> float:
+    """Fraction of the pixels of about that color."""
+    assert path.read_bytes().startswith(b"\x89PNG")
+    pixels = imread(path)[..., :3]
+    return float((np.abs(pixels - np.array(color)).max(-1) < 0.06).mean())
+
+
+def test_selection_grid() -> None:
+    assert selection_grid(SELECTION).tolist() == [[1, -1, -1, -1], [1, 1, -1, -1], [1, 0, 1, -1], [0, 1, 1, 1]]
+
+
+def test_selection_grid_of_a_later_chunk() -> None:
+    assert selection_grid(torch.tensor([[0, 2, 3]])).tolist() == [[1, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (4,), (1, 2, 3)])
+def test_selection_grid_refuses(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="indices must be a non-empty"):
+        selection_grid(torch.zeros(shape, dtype=torch.int32))
+
+
+def test_block_selection_shows_what_was_read(tmp_path: Path) -> None:
+    few = torch.stack([torch.zeros(20), torch.arange(20)], dim=1).int()
+    few[0, 1] = -1
+    every = torch.where(torch.arange(20) <= torch.arange(20)[:, None], torch.arange(20), -1).int()
+    plot_block_selection(tmp_path / "few.png", {2: few}, block_size=64)
+    plot_block_selection(tmp_path / "all.png", {2: every}, block_size=64)
+    assert 2 < share_of(tmp_path / "all.png", BLUE) / share_of(tmp_path / "few.png", BLUE) < 8
+
+
+def test_block_selection_points_at_the_needle(tmp_path: Path) -> None:
+    layers = {2: SELECTION, 9: SELECTION, 17: SELECTION, 29: SELECTION}
+    plot_block_selection(tmp_path / "folder" / "plain.png", layers, block_size=64)
+    plot_block_selection(tmp_path / "needle.png", layers, block_size=64, needle_tokens=[100], title="One needle")
+    assert share_of(tmp_path / "folder" / "plain.png", RED) == 0
+    assert share_of(tmp_path / "needle.png", RED) > 0
+
+
+def test_block_selection_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="layers must hold at least one selection"):
+        plot_block_selection(tmp_path / "none.png", {}, block_size=64)
+
+
+def test_heat_map(tmp_path: Path) -> None:
+    plot_needle_heat_map(tmp_path / "good.png", [0.0, 0.5], [1000, 2000], [[1.0, 1.0], [1.0, None]])
+    plot_needle_heat_map(tmp_path / "bad.png", [0.0, 0.5], [1000, 2000], [[0.0, 0.0], [0.0, None]])
+    assert share_of(tmp_path / "bad.png", RED) > 3 * share_of(tmp_path / "good.png", RED)
+
+
+@pytest.mark.parametrize("accuracy", [[], [[1.0]], [[1.0, 1.0], [1.0]]])
+def test_heat_map_of_another_shape(tmp_path: Path, accuracy: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="accuracy must have 2 rows of 2 values"):
+        plot_needle_heat_map(tmp_path / "heat.png", [0.0, 0.5], [1000, 2000], accuracy)
+
+
+def test_lines(tmp_path: Path) -> None:
+    curves = {"sparse": Curve([1024, 3000], [900, 1200]), "dense": Curve([1024, 3000], [1000, 400])}
+    plot_speed_against_length(tmp_path / "speed.png", curves)
+    assert share_of(tmp_path / "speed.png", BLUE) > 0
+    assert share_of(tmp_path / "speed.png", RED) > 0
+    plot_quality_against_density(tmp_path / "quality.png", {"walk": Curve([0.1, 0.2], [0.8, 0.9])}, dense=0.95)
+    assert share_of(tmp_path / "quality.png", BLUE) > 0
+
+
+def test_lines_refuse(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="curves must hold at least one line"):
+        plot_speed_against_length(tmp_path / "speed.png", {})
+    with pytest.raises(ValueError, match="curve 'walk' has 2 x and 1 y values"):
+        plot_quality_against_density(tmp_path / "quality.png", {"walk": Curve([0.1, 0.2], [0.8])})
