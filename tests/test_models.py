@@ -100,6 +100,24 @@ def test_failed_conversion_leaves_nothing(embedded: Path, gguf: Path, monkeypatc
     assert is_intact(models.embedded_folder())
 
 
+def test_copy_that_another_process_finished_first_is_kept(
+    embedded: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, marks = models.load_tokenizer, []
+
+    def overtaken(source: models.Source) -> object:
+        if not marks:
+            marks.append(None)
+            models.embedded_folder()
+            (models.embedded_target(gguf) / "theirs").touch()
+        return real(source)
+
+    monkeypatch.setattr(models, "load_tokenizer", overtaken)
+    folder = models.embedded_folder()
+    assert (folder / "theirs").exists()
+    assert [path.name for path in embedded.iterdir()] == [folder.name]
+
+
 def test_header_longer_than_the_file_is_damage(tmp_path: Path, tiny_folder: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)

@@ -284,13 +284,10 @@ def _convert(gguf: Path, target: Path) -> None:
     try:
         model.save_pretrained(scratch / "new")
         tokenizer.save_pretrained(scratch / "new")
-        if target.exists():
-            target.rename(scratch / "damaged")
-        try:
+        # Another process may have finished first; its copy is as good.
+        if not is_intact(target):
+            if target.exists():
+                target.rename(scratch / "damaged")
             (scratch / "new").rename(target)
-        except OSError:
-            # Another process may have finished first; its copy is as good.
-            if not is_intact(target):
-                raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
