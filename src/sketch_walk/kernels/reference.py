@@ -137,7 +137,7 @@ def _query_ranks(
     layout: Layout, first: Int[Tensor, " batch"], lo: int, rows: int, width: int, block_size: int
 ) -> Int[Tensor, "batch rows width"]:
     """Ranks of the queries of `rows` query blocks from row `lo` on; a single query fills its block alone."""
-    if width == 1:
+    if layout.num_queries == 1:
         return layout.past.view(-1, 1, 1)
     start = (first[:, None] + torch.arange(lo, lo + rows, device=first.device)) * block_size
     return start[..., None] + torch.arange(width, device=first.device)
