@@ -224,8 +224,8 @@ def test_3_padded_batch_is_each_sequence_alone(config: SketchWalkConfig, side: s
 
 @variants
 def test_3_padded_batch_decodes_as_each_sequence_alone(config: SketchWalkConfig) -> None:
-    """Left padding, poisoned, and 40 steps: across a block border for every sequence."""
-    steps = 40
+    """Left padding, poisoned, and a block of steps: across a block border for every sequence."""
+    steps = 33
     stack = layers(2, len(LENGTHS), HEADS, KV_HEADS, 150 + steps, DIM)
     padded = []
     mask = torch.zeros(len(LENGTHS), 160 + steps, dtype=torch.bool)
@@ -315,23 +315,22 @@ def test_5_decode_walks_as_the_restatement(config: SketchWalkConfig) -> None:
 
 
 @variants
-@pytest.mark.parametrize("back", [1, 5, 20, ROLLBACK])
-@pytest.mark.parametrize("end", [100, 96, 99])
+@pytest.mark.parametrize(("back", "end"), [(1, 96), (5, 100), (20, 99), (ROLLBACK, 96), (ROLLBACK, 100)])
 def test_6_crop_then_other_tokens(config: SketchWalkConfig, back: int, end: int) -> None:
     """Tokens are taken back, also across a block border, and others take their place."""
-    first = layers(3, 2, HEADS, KV_HEADS, 140, DIM)
+    first = layers(2, 2, HEADS, KV_HEADS, 130, DIM)
     second = [tuple(x.clone() for x in layer) for layer in first]
-    for layer, other in zip(second, layers(3, 2, HEADS, KV_HEADS, 140, DIM, seed=9), strict=True):
+    for layer, other in zip(second, layers(2, 2, HEADS, KV_HEADS, 130, DIM, seed=9), strict=True):
         for x, y in zip(layer, other, strict=True):
             x[:, :, end - back :] = y[:, :, end - back :]
     run = Run(config, first).calls(0, 60, 90, *range(91, end + 1))
     run.state.crop(end - back)
     run.stack = [(q, k, v) for q, k, v in second]
-    run.calls(end - back, *range(end - back + 1, 141))
-    straight = Run(config, run.stack).calls(0, end - back, *range(end - back + 1, 141))
-    assert_same_state(run.state, straight.state, 140)
-    for layer in range(3):
-        mine, theirs = run.selected[layer][-(140 - end) :], straight.selected[layer][-(140 - end) :]
+    run.calls(end - back, *range(end - back + 1, 131))
+    straight = Run(config, run.stack).calls(0, end - back, *range(end - back + 1, 131))
+    assert_same_state(run.state, straight.state, 130)
+    for layer in range(2):
+        mine, theirs = run.selected[layer][-(130 - end) :], straight.selected[layer][-(130 - end) :]
         assert all((a == b).all() for a, b in zip(mine, theirs, strict=True))
 
 
@@ -498,13 +497,12 @@ TOKENS = 8000
     "changes",
     [
         {},
-        {"mean_correction": True},
         {"key_sub_block": 1},
         {"query_sub_block": 1},
         {"head_mode": "mean", "walk": "product"},
         {"density": 0.5},
     ],
-    ids=["default", "corrected", "fine-keys", "fine-queries", "averaged", "half"],
+    ids=["default", "fine-keys", "fine-queries", "averaged", "half"],
 )
 def test_9_peak_memory_of_a_prompt(changes: dict[str, Any]) -> None:
     config = replace(SketchWalkConfig(density=0.2, min_blocks=4, skip_first_n_layers=0), **changes)

@@ -149,6 +149,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "chunked-prefill": {"prefill_chunk_size": 50},
     "no-cache": {"use_cache": False},
     "static-cache": {"cache_implementation": "static"},
+    "static-beams": {"cache_implementation": "static", "num_beams": 3},
 }
 
 
@@ -438,10 +439,19 @@ def sketches(cache: Any) -> dict[int, LayerSketch]:
 @pytest.mark.parametrize("start", [64, 119, 120, 130])
 @pytest.mark.parametrize("cache_type", ["dynamic", "static"])
 @pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+@pytest.mark.parametrize("max_pending", [4096, 30])
 def test_dense_calls_leave_the_state_of_sparse_ones(
-    llama: PreTrainedModel, ids: Tensor, left_mask: Tensor, start: int, cache_type: str, padded: bool
+    llama: PreTrainedModel,
+    ids: Tensor,
+    left_mask: Tensor,
+    start: int,
+    cache_type: str,
+    padded: bool,
+    max_pending: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Full budget, so that the same queries and keys reach every layer; calls shorter than `start` are dense."""
+    monkeypatch.setattr(integration, "MAX_PENDING", max_pending)
     mask = left_mask if padded else torch.ones_like(left_mask)
     tokens = torch.cat([ids, ids[:, :NEW]], 1)
     mask = torch.cat([mask, torch.ones(2, NEW, dtype=mask.dtype)], 1)
@@ -522,6 +532,37 @@ def test_positional_cache_is_adopted(llama: PreTrainedModel, ids: Tensor) -> Non
         actual = decoder(ids, None, None, cache)
     assert isinstance(cache.layers[2], SketchDynamicLayer)
     assert distance(actual.last_hidden_state, expected.last_hidden_state) == 0
+
+
+@pytest.mark.parametrize(
+    ("operation", "argument", "order"),
+    [
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1]),
+        ("batch_select_indices", torch.tensor([1]), [1]),
+        ("batch_select_indices", torch.tensor([False, True]), [1]),
+        ("reorder_cache", torch.tensor([1, 0]), [1, 0]),
+    ],
+    ids=["repeat", "select", "select-by-mask", "reorder"],
+)
+def test_cache_operations_carry_the_sketches(
+    llama: PreTrainedModel, ids: Tensor, operation: str, argument: Any, order: list[int]
+) -> None:
+    with torch.no_grad(), enable(llama, SPARSE):
+        cache = llama(ids[:, :70]).past_key_values
+        getattr(cache, operation)(argument)
+        actual = llama(ids[order, 70:], past_key_values=cache).logits
+        straight = llama(ids[order, :70]).past_key_values
+        expected = llama(ids[order, 70:], past_key_values=straight).logits
+    assert distance(actual, expected) <= 1e-5 * expected.abs().max()
+
+
+def test_dynamic_cache_is_reused_after_reset(llama: PreTrainedModel, ids: Tensor) -> None:
+    with torch.no_grad(), enable(llama, SPARSE):
+        cache = llama(ids.flip(1)).past_key_values
+        layer = cache.layers[2]
+        layer.reset()
+        assert layer.sketch.tokens == 0
+        assert layer.sketch.codes is None
 
 
 def test_static_cache_is_reused_after_reset(llama: PreTrainedModel, ids: Tensor) -> None:
@@ -798,6 +839,17 @@ def test_an_encoder_keeps_its_attention(ids: Tensor) -> None:
             actual = model(ids, attention_mask=mask).last_hidden_state
     assert handle.summary()["sparse_calls"] == 0
     assert distance(actual, expected, mask) <= 1e-5
+
+
+def test_models_that_lack_what_is_needed_are_refused(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(type(llama.model), "_supports_sdpa", False)
+        with pytest.raises(ValueError, match="has an attention of its own"):
+            enable(llama, SPARSE)
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.config, "is_causal", False, raising=False)
+        with pytest.raises(ValueError, match="attends to later tokens"):
+            enable(llama, SPARSE)
 
 
 def test_shared_keys_are_refused(llama: PreTrainedModel) -> None:

@@ -1,10 +1,12 @@
-"""Layers of a transformers KV cache that carry a `LayerSketch`, so that the selector's memory follows every cache operation."""
+"""Layers of a transformers KV cache that carry a `LayerSketch`, so that it follows every cache operation."""
 
 from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from sketch_walk.config import SketchWalkConfig
@@ -25,7 +27,7 @@ class SketchDynamicLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx.long())  # type: ignore[arg-type]  # any int64 tensor is a LongTensor
         self.sketch.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -41,7 +43,7 @@ class SketchDynamicLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences."""
         super().batch_select_indices(indices)
-        self.sketch.reorder(indices.nonzero().flatten() if indices.dtype == bool else indices)
+        self.sketch.reorder(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
 
 class SketchStaticLayer(StaticLayer):
@@ -58,7 +60,7 @@ class SketchStaticLayer(StaticLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx.long())  # type: ignore[arg-type]  # any int64 tensor is a LongTensor
         self.sketch.reorder(beam_idx)
 
 
@@ -68,8 +70,8 @@ SketchLayer = SketchDynamicLayer | SketchStaticLayer
 def adopt(cache: Cache, config: SketchWalkConfig) -> None:
     """Swap the full-attention layers of `cache` for layers that carry a sketch; the cache object itself stays.
 
-    Layers below `skip_first_n_layers`, sliding-window layers and layers that are no attention stay as they are. A growing
-    layer may already hold tokens: its keys are sketched by the next sparse call.
+    Layers below `skip_first_n_layers`, sliding-window layers and layers that are no attention stay as they are. A
+    growing layer may already hold tokens: its keys are sketched by the next sparse call.
 
     Raises
     ------
@@ -77,9 +79,11 @@ def adopt(cache: Cache, config: SketchWalkConfig) -> None:
         For a cache that quantises or offloads its layers, or a filled StaticCache.
     """
     if cache.offloading:
-        raise ValueError("past_key_values with offloading is not supported: sketches would stay behind; use offloading=False")
+        raise ValueError(
+            "past_key_values with offloading is not supported: sketches would stay behind; use offloading=False"
+        )
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = partial(SketchDynamicLayer, config)
+        cache.layer_class_to_replicate = partial(SketchDynamicLayer, config)  # type: ignore[assignment]  # only called
     for index, layer in enumerate(cache.layers):
         if index < config.skip_first_n_layers or isinstance(layer, SketchLayer):
             continue
@@ -90,10 +94,12 @@ def adopt(cache: Cache, config: SketchWalkConfig) -> None:
                 raise ValueError("past_key_values is a StaticCache that was filled before enable(); reset() it first")
             cache.layers[index] = _with_attributes(SketchStaticLayer(layer.max_cache_len, config), layer)
         elif "Quantized" in type(layer).__name__:
-            raise ValueError(f"past_key_values has {type(layer).__name__} layers, which sparse attention cannot read; use DynamicCache")
+            raise ValueError(
+                f"past_key_values has {type(layer).__name__} layers, which are not supported; use DynamicCache"
+            )
 
 
-def new_cache(model_config: object) -> DynamicCache:
+def new_cache(model_config: PreTrainedConfig) -> DynamicCache:
     """The cache that the model itself would make."""
     return DynamicCache(config=model_config)
 
