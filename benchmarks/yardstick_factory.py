@@ -1,8 +1,8 @@
 """Models for an outside quality yardstick: `make(arg)` returns (model, tokenizer) with sparse attention switched on.
 
-`arg` holds config fields, or {"rule": "paper" | "icml" | "dense", ...fields}. "cast": true loads float32 weights and casts
-the whole model to bfloat16, as the yardstick's own loader does: that rounds RoPE's frequencies too, which changes answers.
-Without it the frequencies stay in float32.
+`arg` holds config fields, or {"rule": "paper" | "icml" | "dense", ...fields}. "cast": true loads float32 weights and
+casts the whole model to bfloat16, as the yardstick's own loader does: that rounds RoPE's frequencies too, which changes
+answers. Without it the frequencies stay in float32.
 """
 
 from __future__ import annotations

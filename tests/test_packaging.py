@@ -16,7 +16,7 @@ PACKAGE = Path(sketch_walk.__file__).parent
 PROJECT = PACKAGE.parents[1]
 
 STAGES = {"hadamard", "sketch", "walk", "selection", "state", "kernels"}
-BELOW_ATTENTION = STAGES | {"config", "layout", "masks"}
+BELOW_ATTENTION = STAGES | {"config", "layout", "masks", "scoring"}
 # Which units a unit may import: a top-level module or subpackage is one unit, and "" is sketch_walk/__init__.py.
 ALLOWED = {
     "config": set(),
@@ -29,6 +29,7 @@ ALLOWED = {
     "state": {"config", "layout"},
     "kernels": {"config", "layout", "extras"},
     "masks": {"config", "layout", "kernels"},
+    "scoring": {"config", "layout", "sketch", "walk", "state"},
     "attention": BELOW_ATTENTION,
     "": BELOW_ATTENTION | {"attention"},
     "common": BELOW_ATTENTION | {"attention"},

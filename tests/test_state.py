@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sketch_walk import SketchState, SketchWalkAttention, SketchWalkConfig, sketch_walk_attention
-from sketch_walk.attention import absorb_call, absorb_keys
 from sketch_walk.layout import make_layout
+from sketch_walk.scoring import absorb_call, absorb_keys
 from sketch_walk.state import ROLLBACK, LayerSketch, packed_size
 from tensors import qkv
 

@@ -197,7 +197,8 @@ class SketchWalkConfig:
 
     @classmethod
     def paper(cls, normalise: bool = True, **changes: Any) -> SketchWalkConfig:
-        """Algorithms 1 and 2 of arXiv 2602.07397: head-averaged block means, product walk, first and current block kept.
+        """Algorithms 1 and 2 of arXiv 2602.07397: head-averaged block means, product walk, first and current block
+        kept.
 
         `normalise=False` keeps the published unnormalised powers of the softmax as transition rows, in float64.
         """
@@ -342,7 +343,8 @@ def calculate_sparsity(seq_len: int, block_size: int = 64, top_k_blocks: int = 1
 
 
 def causal_density(seq_len: int, config: SketchWalkConfig) -> float:
-    """Fraction of causal key blocks that one prompt of `seq_len` tokens reads in a sparse layer, diagonal counted whole.
+    """Fraction of causal key blocks that one prompt of `seq_len` tokens reads in a sparse layer, diagonal counted
+    whole.
 
     For `mass` this is the least it can be.
 

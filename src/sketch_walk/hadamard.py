@@ -54,12 +54,14 @@ def sketch_width(head_dim: int, sketch_dim: int) -> int:
 
 
 class HadamardTransform(nn.Module):
-    """x -> sqrt(n/r) · P·H·D·x: random signs D, orthonormal Hadamard H, a sample P of r coordinates without replacement.
+    """x -> sqrt(n/r) · P·H·D·x: random signs D, orthonormal Hadamard H, a sample P of r coordinates without
+    replacement.
 
     Inner products are kept in expectation, E<x̃, ỹ> = <x, y>; exactly so when ``sketch_dim >= head_dim``, where the
     transform is an orthonormal rotation of ``head_dim`` coordinates and a larger `sketch_dim` buys nothing (the output
-    has ``min(head_dim, sketch_dim)`` coordinates). Head dimensions that are no powers of two are zero-padded to n inside;
-    their exact rotation applies H to each power-of-two part of the head dimension (80 = 64 + 16), which needs no padding.
+    has ``min(head_dim, sketch_dim)`` coordinates). Head dimensions that are no powers of two are zero-padded to n
+    inside; their exact rotation applies H to each power-of-two part of the head dimension (80 = 64 + 16), which needs
+    no padding.
 
     Signs and coordinates are drawn on the CPU from `seed`: identical on every device and in every dtype.
 
@@ -122,7 +124,7 @@ class HadamardTransform(nn.Module):
 def sketch_matrix(
     head_dim: int, sketch_dim: int, seed: int, device: torch.device
 ) -> Float[Tensor, "head_dim sketch_dim"]:
-    """`HadamardTransform` as one float32 matrix: for the head dimensions of attention one product beats log n passes."""
+    """`HadamardTransform` as one float32 matrix: at the head dimensions of attention one product beats log n passes."""
     return _sketch_matrix(head_dim, sketch_dim, seed, device)
 
 

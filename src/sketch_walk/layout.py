@@ -22,7 +22,7 @@ LEAST_SLICE_BYTES_ELSEWHERE = 128 << 20
 
 
 def slice_bytes(*inputs: Tensor) -> int:
-    """Bytes of gathered or scored data that one slice of query blocks may take: an eighth of the inputs', or a floor."""
+    """Bytes that one slice of query blocks may gather or score: an eighth of the inputs', or a floor."""
     floor = LEAST_SLICE_BYTES.get(inputs[0].device.type, LEAST_SLICE_BYTES_ELSEWHERE)
     return max(floor, sum(x.nbytes for x in inputs) // 8)
 
@@ -81,7 +81,7 @@ class Layout:
         return any(p % block_size and n // block_size > p // block_size for p, n in self.bounds)
 
     def query_positions(self, slots: Int[Tensor, "batch n"]) -> Int[Tensor, "batch n"]:
-        """Positions, in the query tensor, of each sequence's `slots`-th real queries; out-of-range slots give any position."""
+        """Positions, in the query tensor, of each sequence's `slots`-th real queries; any position if out of range."""
         slots = slots.clamp(0, max(0, self.num_queries - 1))
         return slots if self.query_index is None else self.query_index.gather(1, slots)
 
@@ -150,7 +150,7 @@ def take_tokens(
     torch.Tensor
         Shape (batch, groups, heads, tokens, dim).
     """
-    batch, heads, seq, dim = x.shape
+    batch, heads, _, dim = x.shape
     strides = x.stride()
     whole_rows = strides[3] == 1 and all(stride % dim == 0 for stride in strides[:3])
     if x.numel() == 0 or x.requires_grad or not whole_rows:

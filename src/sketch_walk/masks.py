@@ -27,7 +27,9 @@ def check_attention_inputs(
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must have 4 dimensions (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}"
+            )
         if not x.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {x.dtype}")
         if x.dtype != Q.dtype or x.device != Q.device:
@@ -72,8 +74,8 @@ def interpret_mask(
         hidden = mask <= HIDDEN_BELOW
         if not bool((hidden | (mask == 0)).all()):
             raise ValueError(
-                "attention_mask of 2 dimensions and floating dtype is additive: its entries must be 0 (seen) or at most "
-                f"{HIDDEN_BELOW:g} (hidden); pass a bool or integer mask for 1 / 0"
+                "attention_mask of 2 dimensions and floating dtype is additive: its entries must be 0 (seen) or at "
+                f"most {HIDDEN_BELOW:g} (hidden); pass a bool or integer mask for 1 / 0"
             )
         return ~hidden, None
     if mask.dim() == 3:
@@ -85,7 +87,9 @@ def interpret_mask(
             f"{(batch, '1 or ' + str(heads), num_queries, num_keys)}, got {tuple(mask.shape)}"
         )
     if has_state:
-        raise ValueError("attention_mask of 3 or 4 dimensions cannot be combined with state; pass padding as 2 dimensions")
+        raise ValueError(
+            "attention_mask of 3 or 4 dimensions cannot be combined with state; pass padding as 2 dimensions"
+        )
     if mask.is_floating_point():
         bias = mask.to(torch.promote_types(mask.dtype, torch.float32))
         bias = bias.masked_fill(bias <= HIDDEN_BELOW, -math.inf)
@@ -93,6 +97,24 @@ def interpret_mask(
         bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(mask == 0, -math.inf)
     bias = bias.expand(batch, -1, -1, -1)
     return (bias > -math.inf).any(2).any(1), bias
+
+
+def allowed_blocks(
+    bias: Float[Tensor, "batch one_or_heads num_queries num_keys"], layout: Layout, size: int, rows: int, blocks: int
+) -> Bool[Tensor, "batch rows blocks"]:
+    """Key blocks in which the bias lets some query of the row see something."""
+    batch, device = bias.shape[0], bias.device
+    seen = (bias > -math.inf).any(1)
+    row = layout.first_block(size)[:, None] + torch.arange(rows, device=device)
+    rank = (row[..., None] * size + torch.arange(size, device=device)).flatten(1)
+    real = (rank >= layout.past[:, None]) & (rank < layout.length[:, None])
+    at = layout.query_positions(rank - layout.past[:, None])
+    key_rank = torch.arange(blocks * size, device=device).expand(batch, -1)
+    key_at = layout.key_positions(key_rank)
+    sequence = torch.arange(batch, device=device)[:, None]
+    by_row = (seen[sequence, at] & real[..., None]).unflatten(1, (rows, size)).any(2)
+    by_rank = by_row.gather(2, key_at[:, None].expand(-1, rows, -1)) & (key_rank < layout.length[:, None])[:, None]
+    return by_rank.unflatten(2, (blocks, size)).any(3)
 
 
 def dense_with_mask(Q: Tensor, K: Tensor, V: Tensor, layout: Layout, bias: Tensor | None, causal: bool) -> Tensor:

@@ -73,8 +73,8 @@ def select_blocks(
 ) -> BlockSelection:
     """Rows of R -> page table.
 
-    A row of `available` causal blocks keeps ``min(available, budget)``: the diagonal and the other local blocks first, then
-    the sink blocks, then the highest scores, ties to the nearer block. Deterministic on every device.
+    A row of `available` causal blocks keeps ``min(available, budget)``: the diagonal and the other local blocks first,
+    then the sink blocks, then the highest scores, ties to the nearer block. Deterministic on every device.
 
     Parameters
     ----------
@@ -162,7 +162,8 @@ def pair_density(
 ) -> float:
     """Fraction of causal (query, key) token pairs that are read. Reads the device (synchronises).
 
-    The diagonal block counts only its causal pairs. `past` and `length` are the real tokens before the call and after it.
+    The diagonal block counts only its causal pairs. `past` and `length` are the real tokens before the call and after
+    it.
     """
     counts = selection.per_head().counts
     first = torch.maximum(row_index * block_size, past[:, None])

@@ -88,9 +88,7 @@ def sketch_tokens(
     return means @ sketch_matrix(x.shape[-1], config.sketch_dim, config.hadamard_seed, x.device)
 
 
-def quantise_keys(
-    sketch: Float[Tensor, "... width"], config: SketchWalkConfig, dtype: torch.dtype
-) -> KeySketch:
+def quantise_keys(sketch: Float[Tensor, "... width"], config: SketchWalkConfig, dtype: torch.dtype) -> KeySketch:
     """Key sketches as they are stored: int8 with a float32 scale per sub-key, or `dtype`.
 
     After the rotation no coordinate stands out, so one scale per vector is enough.
@@ -185,8 +183,8 @@ class Sketch(nn.Module):
         Parameters
         ----------
         Q, K : torch.Tensor
-            Shapes (batch, num_heads, n_q, head_dim) and (batch, num_kv_heads, n_k, head_dim); the queries are the last n_q
-            tokens.
+            Shapes (batch, num_heads, n_q, head_dim) and (batch, num_kv_heads, n_k, head_dim); the queries are the last
+            n_q tokens.
 
         Returns
         -------
@@ -200,7 +198,9 @@ class Sketch(nn.Module):
         """
         for name, x in (("Q", Q), ("K", K)):
             if x.dim() != 4 or x.shape[-1] != self.head_dim:
-                raise ValueError(f"{name} must have shape (batch, heads, tokens, {self.head_dim}), got {tuple(x.shape)}")
+                raise ValueError(
+                    f"{name} must have shape (batch, heads, tokens, {self.head_dim}), got {tuple(x.shape)}"
+                )
         past, total = K.shape[2] - Q.shape[2], K.shape[2]
         if past < 0:
             raise ValueError(f"K must hold every token so far: it has {total}, fewer than the {Q.shape[2]} of Q")
@@ -213,7 +213,9 @@ class Sketch(nn.Module):
         ends = rank.unflatten(-1, (-1, sub))[..., -1].clamp(max=total - 1)
         last_rank = torch.where(real.unflatten(-1, (-1, sub)).any(-1), ends, -1)
         key_real = torch.arange(keys.shape[2] * size, device=K.device).expand(K.shape[0], 1, -1) < total
-        sketched_keys = sketch_tokens(keys.flatten(2, 3)[:, None], key_real, self.config.key_sub_block, self.config)[:, 0]
+        sketched_keys = sketch_tokens(keys.flatten(2, 3)[:, None], key_real, self.config.key_sub_block, self.config)[
+            :, 0
+        ]
         return block_scores(
             sketch_tokens(queries, real, sub, self.config),
             last_rank,

@@ -1,9 +1,10 @@
 """What the selector remembers of a sequence between calls; it lives with the KV cache, one `LayerSketch` per layer.
 
-Kept per layer: sketches of the keys; and, only when a walk is on, the transition rows of complete blocks and the queries
-of the last tokens. Transition rows of a new block need the queries of the whole block, which no KV cache holds: the ring
-of recent queries covers the open block and `ROLLBACK` tokens more, so that a crop of up to that many tokens (speculative
-decoding) loses nothing. After a deeper crop into a block, that one row is made from the queries seen since.
+Kept per layer: sketches of the keys; and, only when a walk is on, the transition rows of complete blocks and the
+queries of the last tokens. Transition rows of a new block need the queries of the whole block, which no KV cache
+holds: the ring of recent queries covers the open block and `ROLLBACK` tokens more, so that a crop of up to that many
+tokens (speculative decoding) loses nothing. After a deeper crop into a block, that one row is made from the queries
+seen since.
 
 Capacity grows with the sequence, in whole blocks; a state made with a fixed capacity never reallocates, which compiled
 graphs need.
@@ -66,7 +67,12 @@ class LayerSketch:
         return self.config.block_size + ROLLBACK
 
     def allocate(
-        self, batch: int, sketch_shape: tuple[int, int], ring_shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+        self,
+        batch: int,
+        sketch_shape: tuple[int, int],
+        ring_shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Make the buffers, once.
 
@@ -168,14 +174,18 @@ class LayerSketch:
         self, rank: Int[Tensor, "batch n"], real: Bool[Tensor, "batch n"], queries: Shaped[Tensor, "batch heads n dim"]
     ) -> None:
         """Put the queries of tokens `rank` into the ring where `real`; `n` is at most the ring's size."""
-        assert self.ring is not None and self.ring_start is not None
+        assert self.ring is not None
+        assert self.ring_start is not None
         _scatter(self.ring, rank % self.ring_size, real, queries.to(self.ring.dtype))
         newest = torch.where(real, rank, -1).amax(1)
         self.ring_start.copy_(torch.maximum(self.ring_start, newest + 1 - self.ring_size))
 
-    def read_queries(self, rank: Int[Tensor, "batch n"]) -> tuple[Shaped[Tensor, "batch heads n dim"], Bool[Tensor, "batch n"]]:
+    def read_queries(
+        self, rank: Int[Tensor, "batch n"]
+    ) -> tuple[Shaped[Tensor, "batch heads n dim"], Bool[Tensor, "batch n"]]:
         """Queries of tokens `rank` and whether the ring still holds them."""
-        assert self.ring is not None and self.ring_start is not None
+        assert self.ring is not None
+        assert self.ring_start is not None
         slot = (rank % self.ring_size)[:, None, :, None].expand(-1, self.ring.shape[1], -1, self.ring.shape[3])
         return self.ring.gather(2, slot), rank >= self.ring_start[:, None]
 
@@ -184,7 +194,7 @@ class LayerSketch:
         self.pending.append(queries.detach())
 
     def take_pending(self, offset: int) -> Tensor | None:
-        """Deferred queries of the positions `self.tokens` ... `offset - 1`, if all of them are there; none stay behind."""
+        """Deferred queries of positions `self.tokens` ... `offset - 1` if all of them are there; none stay behind."""
         pending, self.pending = self.pending, []
         missing = offset - self.tokens
         if missing <= 0 or sum(queries.shape[2] for queries in pending) < missing:
@@ -201,7 +211,7 @@ class LayerSketch:
         if tokens < 0:
             raise ValueError(f"tokens must be at least 0, got {tokens}")
         keep = max(0, tokens - self.tokens)
-        if self.pending:
+        if keep < self.pending_tokens:
             self.pending = [torch.cat(self.pending, 2)[:, :, :keep]] if keep else []
         self.tokens = min(self.tokens, tokens)
 
@@ -243,7 +253,8 @@ class LayerSketch:
 
 
 class SketchState:
-    """State of a whole model for one batch of sequences: a `LayerSketch` per layer and the walk of the running forward pass.
+    """State of a whole model for one batch of sequences: a `LayerSketch` per layer and the walk of the running forward
+    pass.
 
     The caller of `SketchWalkAttention` owns one per batch, hands it to every layer of every call, and drops it with the
     KV cache. Nothing of it is kept anywhere else.
@@ -261,7 +272,7 @@ class SketchState:
         self.last_layer = -1
 
     def enter(self, layer_idx: int) -> LayerSketch:
-        """The layer's sketch; a layer that is not after the last one begins a new forward pass, and with it a new walk."""
+        """The layer's sketch; a layer that is not after the last one begins a new forward pass and a new walk."""
         if layer_idx <= self.last_layer:
             self.walk = None
         self.last_layer = layer_idx

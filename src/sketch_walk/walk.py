@@ -116,7 +116,9 @@ class Walk(nn.Module):
         if scores.dim() != 4 or scores.shape[-1] != scores.shape[-2]:
             raise ValueError(f"scores must have shape (batch, selections, blocks, blocks), got {tuple(scores.shape)}")
         if previous is not None and previous.shape != scores.shape:
-            raise ValueError(f"previous must have the shape of scores, {tuple(scores.shape)}, got {tuple(previous.shape)}")
+            raise ValueError(
+                f"previous must have the shape of scores, {tuple(scores.shape)}, got {tuple(previous.shape)}"
+            )
         rows = transition_rows(scores, self.config)
         index = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape[0], -1)
         return walk_step(previous, rows, rows, index, self.config)

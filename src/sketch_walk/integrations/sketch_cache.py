@@ -95,7 +95,8 @@ def adopt(cache: Cache, config: SketchWalkConfig) -> None:
             cache.layers[index] = _with_attributes(SketchStaticLayer(layer.max_cache_len, config), layer)
         elif "Quantized" in type(layer).__name__:
             raise ValueError(
-                f"past_key_values has {type(layer).__name__} layers, which are not supported; use DynamicCache"
+                f"past_key_values has {type(layer).__name__} layers, which sparse attention cannot read; "
+                "use DynamicCache"
             )
 
 

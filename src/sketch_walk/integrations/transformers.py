@@ -1,7 +1,7 @@
 """Hugging Face transformers: `enable(model, config)` switches any decoder model over, and back.
 
-The attention function and its mask function are registered under the name "sketch_walk" when a model is first enabled. A
-hook before the decoder's forward hands every layer one `ForwardPass`: the walk of this pass, the cache, and where the
+The attention function and its mask function are registered under the name "sketch_walk" when a model is first enabled.
+A hook before the decoder's forward hands every layer one `ForwardPass`: the walk of this pass, the cache, and where the
 pass stands in it. Sketches live in the layers of the KV cache. No modeling file is copied and nothing is patched.
 """
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from sketch_walk import kernels
-from sketch_walk.attention import SketchWalkOutput, absorb_call, absorb_keys, sketch_walk_attention
+from sketch_walk.attention import SketchWalkOutput, sketch_walk_attention
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import require
 from sketch_walk.layout import Layout, make_layout
+from sketch_walk.scoring import absorb_call, absorb_keys
 from sketch_walk.selection import block_density, pair_density
 
 require("transformers", "transformers")
@@ -165,7 +166,7 @@ class SketchWalkHandle:
         _enabled[model] = self
 
     def _before_forward(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Hook: adopt the cache and hand the layers a fresh `ForwardPass`."""
         position = self._positional.index("past_key_values") if "past_key_values" in self._positional else len(args)
@@ -196,8 +197,8 @@ def enable(
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A decoder model whose attention goes through transformers' attention interface. Sliding-window and chunked layers
-        keep their own attention.
+        A decoder model whose attention goes through transformers' attention interface. Sliding-window and chunked
+        layers keep their own attention.
     config : SketchWalkConfig, optional
         Default ``SketchWalkConfig()``.
     mode : {"both", "prefill", "decode"}
@@ -286,7 +287,7 @@ def validity_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]  # a tensor under compilation, as in transformers itself
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -335,8 +336,8 @@ def attention_forward(
     forward: ForwardPass | None = kwargs.pop(NAME, None)
     if forward is None:
         raise RuntimeError(
-            f"{type(module).__name__} was called without the model's forward pass around it, or its model does not hand "
-            "keyword arguments to its attention; such a model is not supported"
+            f"{type(module).__name__} was called without the model's forward pass around it, or its model does not "
+            "hand keyword arguments to its attention; such a model is not supported"
         )
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
@@ -344,8 +345,9 @@ def attention_forward(
     handle, layer_idx = forward.handle, int(getattr(module, "layer_idx", 0))
     own_mask = attention_mask is not None and attention_mask.dim() == 4
     if sliding_window is not None or own_mask or not getattr(module, "is_causal", True):
-        reason = "sliding window" if sliding_window is not None else "mask of queries by keys" if own_mask else "not causal"
-        _record_dense(handle, layer_idx, reason, query, key)
+        own = "mask of queries by keys" if own_mask else "not causal"
+        own = "sliding window" if sliding_window is not None else own
+        _record_dense(handle, layer_idx, own, query, key)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -366,7 +368,7 @@ def attention_forward(
         _record_dense(handle, layer_idx, reason, query, key)
         out = kernels.attend_dense(query, key, value, layout, scale=scale, dropout=dropout)
         if layer is not None:
-            _remember_dense_call(layer, query, key, layout, scale)
+            _remember_dense_call(layer, query, key, layout, attention_mask, scale)
         return out.transpose(1, 2).contiguous(), None
     if dropout:
         raise ValueError("sparse attention has no dropout; call model.eval() or set attention_dropout to 0")
@@ -407,7 +409,9 @@ def _sparse_call(
     if layer is not None:
         sketch = layer.sketch
         if isinstance(layer, SketchDynamicLayer):
-            _catch_up(layer, query, key, valid, scale)
+            offset = key.shape[2] - query.shape[2]
+            sketch.crop(offset)
+            _take_in(layer, offset, query, key, valid, scale)
     result = sketch_walk_attention(
         query,
         key,
@@ -425,45 +429,36 @@ def _sparse_call(
     return result
 
 
-def _catch_up(layer: SketchDynamicLayer, query: Tensor, key: Tensor, valid: Tensor | None, scale: float) -> None:
-    """Take in what dense calls left: their keys from the cache, their queries from where they were deferred."""
-    sketch, offset = layer.sketch, key.shape[2] - query.shape[2]
-    sketch.crop(offset)
-    missing = offset - sketch.tokens
-    pending = sketch.take_pending(offset)
+def _take_in(
+    layer: SketchDynamicLayer, stop: int, query: Tensor, key: Tensor, valid: Tensor | None, scale: float
+) -> None:
+    """Take in the positions before `stop` that dense calls left: keys from the cache, queries as deferred."""
+    sketch = layer.sketch
+    missing = stop - sketch.tokens
+    pending = sketch.take_pending(stop)
     if missing <= 0:
         return
-    earlier = key[:, :, :offset]
-    layout = make_layout(
-        key.shape[0], missing, offset, key.device, valid=None if valid is None else valid[:, :offset]
-    )
+    earlier, valid = key[:, :, :stop], None if valid is None else valid[:, :stop]
+    layout = make_layout(key.shape[0], missing, stop, key.device, valid=valid)
     if pending is None:
         absorb_keys(sketch, earlier, layout, query)
     else:
         absorb_call(sketch, pending, earlier, layout, scale)
-    sketch.tokens = offset
+    sketch.tokens = stop
 
 
-def _remember_dense_call(layer: SketchLayer, query: Tensor, key: Tensor, layout: Layout, scale: float) -> None:
+def _remember_dense_call(
+    layer: SketchLayer, query: Tensor, key: Tensor, layout: Layout, valid: Tensor | None, scale: float
+) -> None:
     """A dense call leaves the same state as a sparse one, at once or when a sparse call needs it."""
     sketch = layer.sketch
     if isinstance(layer, SketchStaticLayer):
         absorb_call(sketch, query, key, layout, scale)
-        return
-    if not sketch.config.uses_walk:
-        return
-    offset = key.shape[2] - query.shape[2]
-    sketch.crop(offset)
-    sketch.defer(query)
-    if sketch.pending_tokens > MAX_PENDING and layout.key_index is None:
-        pending = sketch.take_pending(key.shape[2])
-        missing = key.shape[2] - sketch.tokens
-        late = make_layout(key.shape[0], missing, key.shape[2], key.device)
-        if pending is None:
-            absorb_keys(sketch, key, late, query)
-        else:
-            absorb_call(sketch, pending, key, late, scale)
-        sketch.tokens = key.shape[2]
+    elif sketch.config.uses_walk:
+        sketch.crop(key.shape[2] - query.shape[2])
+        sketch.defer(query)
+        if sketch.pending_tokens > MAX_PENDING:
+            _take_in(layer, key.shape[2], query, key, valid, scale)
 
 
 def _record_dense(handle: SketchWalkHandle, layer_idx: int, reason: str, query: Tensor, key: Tensor) -> None:

@@ -51,7 +51,7 @@ def attend_selected(
     """
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
-    group, selections, num_rows = heads // kv_heads, indices.shape[1], indices.shape[2]
+    group, num_rows = heads // kv_heads, indices.shape[2]
     device = query.device
     width = 1 if num_queries == 1 else block_size
     within = torch.arange(block_size, device=device)
@@ -136,7 +136,7 @@ def _slices(widths: list[int], room: int) -> list[tuple[int, int]]:
 def _query_ranks(
     layout: Layout, first: Int[Tensor, " batch"], lo: int, rows: int, width: int, block_size: int
 ) -> Int[Tensor, "batch rows width"]:
-    """Ranks of the queries of `rows` query blocks from row `lo` on; a single query fills its block alone."""
+    """Ranks of the queries of `rows` query blocks from `lo` on; a single query fills its block alone."""
     if layout.num_queries == 1:
         return layout.past.view(-1, 1, 1)
     start = (first[:, None] + torch.arange(lo, lo + rows, device=first.device)) * block_size
@@ -146,7 +146,7 @@ def _query_ranks(
 def _output_rows(
     query_at: Int[Tensor, "batch rows width"], query_real: Tensor, num_queries: int, heads: int
 ) -> Int[Tensor, " n"]:
-    """Rows of the (batch, num_queries, heads) output for (batch, rows, heads, width) results; padding goes to the last."""
+    """Rows of the (batch, num_queries, heads) output for (batch, rows, heads, width) results; the last for padding."""
     batch = query_at.shape[0]
     sequence = torch.arange(batch, device=query_at.device).view(-1, 1, 1, 1)
     head = torch.arange(heads, device=query_at.device).view(1, 1, -1, 1)
@@ -155,7 +155,11 @@ def _output_rows(
 
 
 def _gathered_bias(
-    bias: Tensor, query_at: Int[Tensor, "batch rows width"], key_at: Int[Tensor, "batch rows selections keys"], kv_heads: int, group: int
+    bias: Tensor,
+    query_at: Int[Tensor, "batch rows width"],
+    key_at: Int[Tensor, "batch rows selections keys"],
+    kv_heads: int,
+    group: int,
 ) -> Float[Tensor, "batch rows kv_heads_or_one group width keys"]:
     """The bias of each gathered (query, key) pair."""
     batch, bias_heads = bias.shape[:2]
