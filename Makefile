@@ -16,7 +16,7 @@ help:
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make typecheck  mypy"
 	@echo "make unit       tests alone, with coverage"
-	@echo "make docs       build the documentation into site/"
+	@echo "make docs       fill the tables of the documentation and build it into site/"
 
 $(RUN_READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,4 +50,5 @@ unit: $(TEST_READY)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --cov=sketch_walk --cov-fail-under=90
 
 docs: $(DOCS_READY)
+	$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs build --strict

@@ -163,7 +163,7 @@ def test_the_file_tree_names_every_module() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_compiles(page: Path) -> None:
     for code in python_blocks(page):
-        ast.parse(code)
+        assert isinstance(ast.parse(code), ast.Module)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
