@@ -115,7 +115,7 @@ def setting(data: dict[str, Any]) -> str:
 
 
 def readme_results() -> str:
-    """Region: dense, ours and the published rules, then the speed on a CPU."""
+    """Region: ours and the paper's rule with dense beside them, then the speed on a CPU."""
     data, rows = quality()
     dense = run_of(rows, rule="dense")
     shown = [
@@ -170,9 +170,9 @@ def speed_table(lengths: Sequence[int] | None = None) -> str:
         for row in data["results"]
         if lengths is None or row["tokens"] in lengths
     ]
-    times = ("dense", "sparse", "sparse over dense", "automatic over dense", "sparse layers' attention")
+    times = ("dense", "sparse", "dense / sparse", "dense / automatic", "attention of sparse layers, dense / sparse")
     text = (
-        f"Time of a prompt: {data['what']}. {data['device']}, torch {data['torch']}. Every call sparse, and "
+        f"Time on a CPU: {data['what']}. {data['device']}, torch {data['torch']}. Every call sparse, and "
         f'"automatic" (`dense_below=None`, dense below {data["crossover_tokens"]:,} tokens); medians. {accuracy} '
         f"Source: `benchmarks/results/{SPEED}`."
     )
@@ -314,7 +314,7 @@ def state_bytes() -> str:
     """Region: the selector's state by length, two model shapes."""
     body = []
     for label, shape in (("Llama-3.1-8B", ModelShape()), ("SmolLM2-135M", SMOLLM2)):
-        for tokens in (4096, 32_768, 65_536, 131_072):
+        for tokens in (1024, 4096, 32_768, 65_536, 131_072):
             memory = count_memory(tokens, SketchWalkConfig(), shape)
             body.append(
                 [
@@ -358,7 +358,10 @@ def commands() -> str:
         hints = typing.get_type_hints(callback, include_extras=True)
         rows = []
         for name, parameter in inspect.signature(callback).parameters.items():
-            kind, option = typing.get_args(hints[name])
+            hint = hints[name]
+            if not hasattr(hint, "__metadata__"):  # Python 3.10 wraps an option that defaults to None.
+                hint = typing.get_args(hint)[0]
+            kind, option = typing.get_args(hint)
             given = [text for text in (option.default, *(option.param_decls or ())) if isinstance(text, str)]
             spelled = given or [f"--{name.replace('_', '-')}"]
             rows.append([", ".join(f"`{s}`" for s in spelled), _kind(kind), _default(parameter.default), option.help])
