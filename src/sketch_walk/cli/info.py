@@ -30,6 +30,7 @@ def run_info() -> None:
     for name, reason in kernels.available().items():
         table.add_row(f"kernel {name}", "available" if reason is None else f"not available: {reason}")
     table.add_row("prefill is dense below", f"{kernels.dense_crossover(device):,} tokens on {device}")
+    table.add_row("decode is dense below", f"{kernels.dense_crossover(device, decode=True):,} tokens on {device}")
     table.add_section()
     table.add_row("default model", _default_model())
     console.print(table)
