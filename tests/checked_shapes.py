@@ -1,7 +1,7 @@
 """Runs the core with every annotated tensor shape checked; `test_checked_shapes.py` starts it in a process of its own.
 
-Annotations are jaxtyping's and only exist for type checkers, so that a plain import loads torch alone. Here they are made
-real before the package is first imported.
+Annotations are jaxtyping's and only exist for type checkers, so that a plain import loads torch alone. Here they are
+made real before the package is first imported.
 """
 
 from __future__ import annotations

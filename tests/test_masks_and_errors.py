@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -359,3 +360,54 @@ def test_head_axis_of_a_selection() -> None:
     assert shared.per_head().indices.shape == (2, 1, 3, 4)
     assert shared.per_head().per_head() is not None
     assert shared.per_head().per_head().indices.shape == (2, 1, 3, 4)
+
+
+# The state that a caller hands in.
+
+
+STATE_CONFIG = SketchWalkConfig(block_size=16, top_k_blocks=3, skip_first_n_layers=0)
+
+
+def state_qkv(batch: int, new: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(batch, 4, new, 32), torch.randn(batch, 2, total, 32), torch.randn(batch, 2, total, 32)
+
+
+def test_state_of_another_config_raises() -> None:
+    other = SketchState(dataclasses.replace(STATE_CONFIG, block_size=32))
+    with pytest.raises(ValueError, match="state was made with another config"):
+        SketchWalkAttention(STATE_CONFIG, 32)(*state_qkv(1, 40, 40), 0, state=other)
+
+
+def test_state_that_differs_in_dense_below_alone_is_taken() -> None:
+    state = SketchState(dataclasses.replace(STATE_CONFIG, dense_below=500))
+    SketchWalkAttention(STATE_CONFIG, 32)(*state_qkv(1, 40, 40), 0, state=state)
+    assert state.layers[0].tokens == 40
+
+
+def test_state_of_another_type_raises() -> None:
+    with pytest.raises(TypeError, match="state must be a SketchState, got dict"):
+        SketchWalkAttention(STATE_CONFIG, 32)(*state_qkv(1, 40, 40), 0, state={})
+
+
+def test_state_of_another_batch_size_raises_and_stays_usable() -> None:
+    attention, state = SketchWalkAttention(STATE_CONFIG, 32), SketchState(STATE_CONFIG)
+    attention(*state_qkv(2, 20, 20), 0, state=state)
+    with pytest.raises(ValueError, match="state holds 2 sequences, but Q has 3"):
+        attention(*state_qkv(3, 20, 40), 0, state=state)
+    attention(*state_qkv(2, 20, 40), 0, state=state)
+    assert state.layers[0].tokens == 40
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_mask_that_is_not_finite_raises(poison: float) -> None:
+    mask = torch.zeros(1, 1, 40, 40)
+    mask[0, 0, 3, 2] = poison
+    with pytest.raises(ValueError, match="attention_mask holds NaN"):
+        SketchWalkAttention(STATE_CONFIG, 32)(*state_qkv(1, 40, 40), 0, attention_mask=mask)
+
+
+def test_complex_mask_raises() -> None:
+    with pytest.raises(TypeError, match="attention_mask must be bool, integer or floating point"):
+        SketchWalkAttention(STATE_CONFIG, 32)(
+            *state_qkv(1, 40, 40), 0, attention_mask=torch.zeros(1, 40, dtype=torch.complex64)
+        )

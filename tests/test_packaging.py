@@ -28,7 +28,7 @@ ALLOWED = {
     "selection": {"config", "layout"},
     "state": {"config", "layout"},
     "kernels": {"config", "layout", "extras"},
-    "masks": {"config", "layout", "kernels"},
+    "masks": {"config", "layout", "kernels", "state"},
     "scoring": {"config", "layout", "sketch", "walk", "state"},
     "attention": BELOW_ATTENTION,
     "": BELOW_ATTENTION | {"attention"},

@@ -827,18 +827,25 @@ def fingerprint_of_any(model: PreTrainedModel) -> Any:
     return configs, [len(m._forward_pre_hooks) for m in model.modules()], model in integration._enabled
 
 
-def test_an_encoder_keeps_its_attention(ids: Tensor) -> None:
-    """Its layers are not causal: they run SDPA, and say so."""
-    torch.manual_seed(0)
+def test_an_encoder_is_refused() -> None:
     model = transformers.BertModel(transformers.BertConfig(**{**SMALL, "vocab_size": 128})).eval()
-    mask = torch.ones_like(ids)
-    mask[0, -PADDING:] = 0
-    with torch.no_grad():
-        expected = model(ids, attention_mask=mask).last_hidden_state
-        with enable(model, SPARSE, record=True) as handle:
-            actual = model(ids, attention_mask=mask).last_hidden_state
-    assert handle.summary()["sparse_calls"] == 0
-    assert distance(actual, expected, mask) <= 1e-5
+    before = fingerprint_of_any(model)
+    with pytest.raises(ValueError, match="BertModel has no causal attention layer"):
+        enable(model, SPARSE)
+    assert fingerprint_of_any(model) == before
+
+
+def test_a_layer_that_is_not_causal_keeps_its_attention(llama: PreTrainedModel, ids: Tensor) -> None:
+    """It runs SDPA, and says so; the other layers stay sparse."""
+    layer = llama.model.layers[2].self_attn
+    layer.is_causal = False
+    try:
+        with torch.no_grad(), enable(llama, SPARSE, record=True) as handle:
+            llama(ids)
+    finally:
+        layer.is_causal = True
+    assert {call.reason for call in handle.calls if call.layer_idx == 2} == {"not causal"}
+    assert {call.reason for call in handle.calls if call.layer_idx == 3} == {"sparse"}
 
 
 def test_models_that_lack_what_is_needed_are_refused(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

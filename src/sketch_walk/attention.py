@@ -36,11 +36,14 @@ class SketchWalkOutput(NamedTuple):
         What was read.
     walk : torch.Tensor
         Rows of R after this layer, to hand to the next sparse layer of the same forward pass.
+    impl : str
+        The kernel that attended.
     """
 
     output: Tensor
     selection: BlockSelection
     walk: Tensor
+    impl: str
 
 
 def sketch_walk_attention(
@@ -88,7 +91,7 @@ def sketch_walk_attention(
     batch, _, num_queries, head_dim = query.shape
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     layout = layout or make_layout(batch, num_queries, key.shape[2], query.device)
-    kernel = kernels.resolve(impl)
+    kernels.check_impl(impl)
     with torch.no_grad():
         state = LayerSketch(config) if state is None else state
         absorb_keys(state, key, layout, query)
@@ -111,9 +114,8 @@ def sketch_walk_attention(
             available=None if causal else _all_blocks(layout, row_index, config),
             allowed=None if bias is None else masks.allowed_blocks(bias, layout, config.block_size, *rows.shape[2:]),
         )
-    assert kernel == "reference"
     shared = selection.per_head()
-    output = kernels.attend_selected(
+    output, used = kernels.attend(
         query,
         key,
         value,
@@ -125,8 +127,9 @@ def sketch_walk_attention(
         causal=causal,
         bias=bias,
         mean_correction=config.mean_correction,
+        impl=impl,
     )
-    return SketchWalkOutput(output, selection, walk)
+    return SketchWalkOutput(output, selection, walk, used)
 
 
 def _dense_tail(layout: Layout, row_index: Tensor, config: SketchWalkConfig) -> Tensor | None:
@@ -221,12 +224,8 @@ class SketchWalkAttention(nn.Module):
             return torch.zeros_like(Q), Q.new_zeros(Q.shape[0], 0, 0, dtype=torch.int32)
         layer, walk = None, None
         if state is not None:
+            masks.check_state(state, self.config, layer_idx, Q, K)
             layer = state.enter(layer_idx)
-            if layer.tokens != K.shape[2] - Q.shape[2]:
-                raise ValueError(
-                    f"K holds {K.shape[2] - Q.shape[2]} tokens before Q, but state has taken in {layer.tokens} in "
-                    f"layer {layer_idx}; hand in every call, and state.crop() after a cache crop"
-                )
             walk = state.walk
         result = sketch_walk_attention(
             Q, K, V, self.config, state=layer, walk=walk, layout=layout, bias=bias, causal=causal

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sketch_walk.config import SketchWalkConfig
 from sketch_walk.kernels import attend_dense
 from sketch_walk.layout import Layout
+from sketch_walk.state import SketchState
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -44,10 +47,29 @@ def check_attention_inputs(
         raise ValueError(f"Q's {Q.shape[1]} heads must be a multiple of K's {K.shape[1]}")
     if K.shape[2] < Q.shape[2]:
         raise ValueError(f"K must hold every token so far: it has {K.shape[2]}, fewer than the {Q.shape[2]} of Q")
-    if not isinstance(layer_idx, int) or layer_idx < 0:
+    if not isinstance(layer_idx, int) or isinstance(layer_idx, bool) or layer_idx < 0:
         raise ValueError(f"layer_idx must be an int of at least 0, got {layer_idx!r}")
     if not causal and (has_state or Q.shape[2] != K.shape[2]):
         raise ValueError("causal=False supports whole sequences only: n_q = n_k and state=None")
+
+
+def check_state(state: SketchState, config: SketchWalkConfig, layer_idx: int, Q: Tensor, K: Tensor) -> None:
+    """Raise ValueError or TypeError, naming `state`, unless it is one of `config` that stands where this call begins."""
+    if not isinstance(state, SketchState):
+        raise TypeError(f"state must be a SketchState, got {type(state).__name__}")
+    if replace(state.config, dense_below=0) != replace(config, dense_below=0):
+        raise ValueError("state was made with another config than this attention's; make one of its config")
+    layer = state.layers.get(layer_idx)
+    seen, past = 0 if layer is None else layer.tokens, K.shape[2] - Q.shape[2]
+    if seen != past:
+        raise ValueError(
+            f"K holds {past} tokens before Q, but state has taken in {seen} in layer {layer_idx}; hand in every call, "
+            "and state.crop() after a cache crop"
+        )
+    if layer is not None and layer.codes is not None and layer.codes.shape[0] != Q.shape[0]:
+        raise ValueError(
+            f"state holds {layer.codes.shape[0]} sequences, but Q has {Q.shape[0]}; state.reorder() or repeat()"
+        )
 
 
 def interpret_mask(
@@ -65,6 +87,10 @@ def interpret_mask(
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a torch.Tensor, got {type(mask).__name__}")
     batch, heads, num_queries, num_keys = Q.shape[0], Q.shape[1], Q.shape[2], K.shape[2]
+    if mask.is_complex():
+        raise TypeError(f"attention_mask must be bool, integer or floating point, got {mask.dtype}")
+    if mask.is_floating_point() and not bool((mask < math.inf).all()):
+        raise ValueError("attention_mask holds NaN or +inf; an additive mask is finite, or -inf to hide")
     mask = mask.to(Q.device)
     if mask.dim() == 2:
         if mask.shape != (batch, num_keys):

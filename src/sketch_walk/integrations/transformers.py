@@ -223,7 +223,7 @@ def enable(
         raise TypeError(f"config must be a SketchWalkConfig, got {type(config).__name__}")
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; expected one of {MODES}")
-    kernels.resolve(impl)
+    kernels.check_impl(impl)
     _check_model(model)
     handle = SketchWalkHandle(model, config, mode, record, impl)
     handle._install(model)
@@ -240,6 +240,9 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} is an encoder-decoder model; only decoder models are supported")
     if not getattr(text, "is_causal", True):
         raise ValueError(f"{name} attends to later tokens; only causal decoder models are supported")
+    causal = [module.is_causal for module in model.modules() if isinstance(getattr(module, "is_causal", None), bool)]
+    if causal and not any(causal):
+        raise ValueError(f"{name} has no causal attention layer; only causal decoder models are supported")
     if getattr(text, "kv_lora_rank", None):
         raise ValueError(f"{name} keeps multi-head latent attention (MLA) caches, which are not supported")
     if getattr(text, "num_kv_shared_layers", 0):
@@ -474,7 +477,7 @@ def _sparse_record(
     row_index = layout.first_block(size)[:, None] + rows
     return LayerCall(
         layer_idx,
-        kernels.resolve(handle.impl),
+        result.impl,
         "sparse",
         query.shape[2],
         key.shape[2],

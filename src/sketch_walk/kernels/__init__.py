@@ -1,21 +1,33 @@
 """Kernels of stage 6 behind one contract: a `BlockSelection` in, attention out.
 
-`reference` is the specification (torch, any device); `dense` is SDPA. "auto" picks and says what it picked; an explicit
-choice never falls back.
+`reference` is the specification (torch, any device); `triton` serves GPUs, forward only; `dense` is SDPA. "auto" picks
+and says what it picked; an explicit choice never falls back.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sketch_walk.extras import MissingExtraError
 from sketch_walk.kernels.dense import attend_dense
 from sketch_walk.kernels.reference import attend_selected
+from sketch_walk.layout import Layout
 
-IMPLEMENTATIONS = ("auto", "reference")
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 # Prompt tokens below which dense attention is not slower, selector and state included.
-# benchmarks/results/cpu_crossover.json measures the CPU's; other devices keep its value until they are measured.
+# benchmarks/results/cpu_prompt.json measures the CPU's; other devices keep its value until they are measured.
 PREFILL_CROSSOVER = {"cpu": 2048}
 # Cached tokens below which a decode step is not slower dense.
-DECODE_CROSSOVER = {"cpu": 4096}
+DECODE_CROSSOVER = {"cpu": 32768}
 
 
 def dense_crossover(device_type: str, decode: bool = False) -> int:
@@ -26,20 +38,116 @@ def dense_crossover(device_type: str, decode: bool = False) -> int:
 
 def available() -> dict[str, str | None]:
     """Every kernel's name, with None where it is usable here, else the reason why it is not."""
-    return {"reference": None, "dense": None}
+    return {"reference": None, "dense": None, "triton": _why_no_triton()}
 
 
-def resolve(impl: str) -> str:
-    """The kernel that `impl` stands for.
+def check_impl(impl: str) -> None:
+    """Raise unless `impl` names a kernel that is usable here.
 
     Raises
     ------
     ValueError
-        For a name that is no kernel.
+        For a name that is no kernel, or a kernel that cannot run on this machine.
+    MissingExtraError
+        If the kernel's package is not installed.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}; expected one of {IMPLEMENTATIONS}")
-    return "reference" if impl == "auto" else impl
+    reason = None if impl == "auto" else available()[impl]
+    if reason is not None:
+        missing = importlib.util.find_spec("triton") is None
+        raise (MissingExtraError if missing else ValueError)(f"impl {impl!r} is not available: {reason}")
 
 
-__all__ = ["IMPLEMENTATIONS", "attend_dense", "attend_selected", "available", "dense_crossover", "resolve"]
+def attend(
+    query: Shaped[Tensor, "batch heads num_queries head_dim"],
+    key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
+    value: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
+    indices: Int[Tensor, "batch selections rows max_selected"],
+    counts: Int[Tensor, "batch selections rows"],
+    layout: Layout,
+    *,
+    block_size: int,
+    scale: float,
+    causal: bool = True,
+    bias: Float[Tensor, "batch one_or_heads num_queries num_keys"] | None = None,
+    mean_correction: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, str]:
+    """Attention over the selected blocks, and the name of the kernel that computed it.
+
+    Raises
+    ------
+    ValueError
+        If an explicit `impl` cannot do what is asked; the message says what.
+    """
+    check_impl(impl)
+    if impl != "reference":
+        reason = _why_not_triton_here(query, key, value, block_size, causal, bias, mean_correction, impl == "auto")
+        if reason is None:
+            from sketch_walk.kernels import triton_attention
+
+            output = triton_attention.attend_selected(
+                query, key, value, indices, counts, layout, block_size=block_size, scale=scale
+            )
+            return output, "triton"
+        if impl == "triton":
+            raise ValueError(f"impl 'triton' cannot run this call: {reason}")
+    output = attend_selected(
+        query,
+        key,
+        value,
+        indices,
+        counts,
+        layout,
+        block_size=block_size,
+        scale=scale,
+        causal=causal,
+        bias=bias,
+        mean_correction=mean_correction,
+    )
+    return output, "reference"
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed; run: pip install "sketch_walk[triton]"'
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "no GPU is visible (TRITON_INTERPRET=1 runs the kernel on the CPU, slowly)"
+
+
+def _why_not_triton_here(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_size: int,
+    causal: bool,
+    bias: Tensor | None,
+    mean_correction: bool,
+    automatic: bool,
+) -> str | None:
+    if automatic and not query.is_cuda:
+        return "the tensors are not on a GPU"
+    if _why_no_triton() is not None:
+        return "triton is not available"
+    if not causal:
+        return "it is causal only"
+    if bias is not None:
+        return "it takes no mask of queries by keys"
+    if mean_correction:
+        return "it has no mean correction"
+    from sketch_walk.kernels import triton_attention
+
+    return triton_attention.supported(query, key, value, block_size)
+
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "attend",
+    "attend_dense",
+    "attend_selected",
+    "available",
+    "check_impl",
+    "dense_crossover",
+]
