@@ -120,7 +120,6 @@ class HadamardTransform(nn.Module):
         return f"head_dim={self.head_dim}, sketch_dim={self.sketch_dim}, rotation={self.is_rotation}"
 
 
-@torch.compiler.assume_constant_result
 def sketch_matrix(
     head_dim: int, sketch_dim: int, seed: int, device: torch.device
 ) -> Float[Tensor, "head_dim sketch_dim"]:

@@ -54,11 +54,11 @@ def check_attention_inputs(
 
 
 def check_state(state: SketchState, config: SketchWalkConfig, layer_idx: int, Q: Tensor, K: Tensor) -> None:
-    """Raise ValueError or TypeError, naming `state`, unless it is one of `config` that stands where this call begins."""
+    """Raise ValueError or TypeError, naming `state`, unless it is one of `config` and stands where the call begins."""
     if not isinstance(state, SketchState):
         raise TypeError(f"state must be a SketchState, got {type(state).__name__}")
     if replace(state.config, dense_below=0) != replace(config, dense_below=0):
-        raise ValueError("state was made with another config than this attention's; make one of its config")
+        raise ValueError("state was made with another config than the attention's own")
     layer = state.layers.get(layer_idx)
     seen, past = 0 if layer is None else layer.tokens, K.shape[2] - Q.shape[2]
     if seen != past:

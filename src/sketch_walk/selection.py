@@ -47,7 +47,6 @@ class RowCounts(NamedTuple):
     local: Int[Tensor, " blocks_plus_1"]
 
 
-@torch.compiler.assume_constant_result
 def row_counts(config: SketchWalkConfig, num_blocks: int, device: torch.device) -> RowCounts:
     """Counts of rows with 0 ... `num_blocks` causal blocks."""
     return _row_counts(config, num_blocks, device)

@@ -21,9 +21,10 @@ from sketch_walk import kernels
 from sketch_walk.attention import SketchWalkOutput, sketch_walk_attention
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import require
+from sketch_walk.hadamard import sketch_matrix
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.scoring import absorb_call, absorb_keys
-from sketch_walk.selection import block_density, pair_density
+from sketch_walk.selection import block_density, pair_density, row_counts
 
 require("transformers", "transformers")
 
@@ -42,6 +43,11 @@ from sketch_walk.integrations.sketch_cache import (  # noqa: E402
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
+
+# Both depend on the config and on sizes only: a compiled graph holds their results. Marked here, because marking loads
+# the compiler, which a plain import of the package must not.
+for constant in (sketch_matrix, row_counts):
+    torch.compiler.assume_constant_result(constant)
 
 NAME = "sketch_walk"
 MODES = ("both", "prefill", "decode")
