@@ -29,7 +29,7 @@ ALLOWED = {
     "state": {"config", "layout"},
     "kernels": {"config", "layout", "extras"},
     "masks": {"config", "layout", "kernels", "state"},
-    "scoring": {"config", "layout", "sketch", "walk", "state"},
+    "scoring": {"config", "layout", "kernels", "sketch", "walk", "state"},
     "attention": BELOW_ATTENTION,
     "": BELOW_ATTENTION | {"attention"},
     "common": BELOW_ATTENTION | {"attention"},

@@ -95,7 +95,7 @@ def sketch_walk_attention(
     with torch.no_grad():
         state = LayerSketch(config) if state is None else state
         absorb_keys(state, key, layout, query)
-        scores = call_scores(state, query, layout, scale, causal)
+        scores = call_scores(state, query, layout, scale, causal, impl)
         if combine_scores is not None:
             scores = combine_scores(scores)
         rows = transition_rows(scores, config)

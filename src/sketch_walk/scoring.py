@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sketch_walk import kernels
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, slice_bytes, take_tokens
 from sketch_walk.sketch import (
@@ -74,7 +75,7 @@ def absorb_keys(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor) 
 
 
 def call_scores(
-    state: LayerSketch, query: Tensor, layout: Layout, scale: float, causal: bool = True
+    state: LayerSketch, query: Tensor, layout: Layout, scale: float, causal: bool = True, impl: str = "auto"
 ) -> Float[Tensor, "batch selections rows blocks"]:
     """Block scores for the call's query blocks, from the call's queries; worked in slices of rows."""
     config, size = state.config, state.config.block_size
@@ -85,23 +86,38 @@ def call_scores(
     scores = query.new_zeros(batch, selection_heads(kv_heads, config), num_rows, blocks, dtype=torch.float32)
     if not scores.numel():
         return scores
-    keys = KeySketch(*state.read_keys(blocks)).dequantise()
+    sketch = KeySketch(*state.read_keys(blocks))
     least, most = layout.first_block_range(size)
-    single = num_queries == 1
-    sub_queries = 1 if single else size // config.query_sub_block
+    sub_queries = 1 if num_queries == 1 else size // config.query_sub_block
     per_block = size // config.key_sub_block
-    bytes_per_row = batch * sketched_heads(heads, config) * sub_queries * blocks * per_block * 4
+    width = sketch.codes.shape[3]
+    rows_of_heads = sketched_heads(heads, config) * sub_queries
+    fused = kernels.scores_with_triton(impl, query, causal, width, sub_queries, per_block, num_rows)
+    keys = None if fused else sketch.dequantise()
+    bytes_per_row = batch * rows_of_heads * (width if fused else blocks * per_block) * 4
     step = max(1, slice_bytes(query, query, query) // max(1, bytes_per_row))
+    score_factor = score_scale(head_dim, scale, config)
     for lo in range(0, num_rows, step):
         hi = min(lo + step, num_rows)
         visible = min(blocks, most + hi) if causal else blocks
         sketched, last_rank = _sketch_queries(query, layout, lo, hi, config)
+        if keys is None:
+            scores[:, :, lo:hi, :visible] = kernels.fused_block_scores(
+                sketched,
+                last_rank,
+                sketch.codes[:, :, : visible * per_block],
+                None if sketch.scales is None else sketch.scales[:, :, : visible * per_block],
+                layout.length,
+                scale=score_factor,
+                config=config,
+            )
+            continue
         scores[:, :, lo:hi, :visible] = block_scores(
             sketched,
             last_rank,
             keys[:, :, : visible * per_block],
             layout.length,
-            scale=score_scale(head_dim, scale, config),
+            scale=score_factor,
             config=config,
             open_from=min(least + lo, visible - 1) * per_block if causal and layout.bounds is not None else 0,
             causal=causal,

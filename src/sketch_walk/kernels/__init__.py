@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import MissingExtraError
 from sketch_walk.kernels.dense import attend_dense
 from sketch_walk.kernels.reference import attend_selected
@@ -25,9 +26,12 @@ IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 # Prompt tokens below which dense attention is not slower, selector and state included.
 # benchmarks/results/cpu_prompt.json measures the CPU's; other devices keep its value until they are measured.
-PREFILL_CROSSOVER = {"cpu": 2048}
+PREFILL_CROSSOVER = {"cpu": 1536}
 # Cached tokens below which a decode step is not slower dense.
 DECODE_CROSSOVER = {"cpu": 32768}
+
+# Rows of query blocks from which fused scores fill a GPU; a decode step has one, and torch's products spread it.
+LEAST_FUSED_ROWS = 16
 
 
 def dense_crossover(device_type: str, decode: bool = False) -> int:
@@ -109,6 +113,55 @@ def attend(
     return output, "reference"
 
 
+def scores_with_triton(
+    impl: str, query: Tensor, causal: bool, width: int, sub_queries: int, per_block: int, num_rows: int
+) -> bool:
+    """Whether block scores are computed by the Triton kernel.
+
+    Raises
+    ------
+    ValueError
+        If `impl` is "triton" and it cannot; the message says why.
+    """
+    if impl == "reference" or (impl == "auto" and (not query.is_cuda or num_rows < LEAST_FUSED_ROWS)):
+        return False
+    reason = _why_no_triton() or (None if causal else "it is causal only")
+    if reason is None:
+        from sketch_walk.kernels import triton_scores
+
+        reason = triton_scores.supported(width, sub_queries, per_block)
+    if reason is not None and impl == "triton":
+        raise ValueError(f"impl 'triton' cannot run this call: {reason}")
+    return reason is None
+
+
+def fused_block_scores(
+    queries: Float[Tensor, "batch rows heads sub_queries width"],
+    last_rank: Int[Tensor, "batch rows sub_queries"],
+    codes: Shaped[Tensor, "batch kv_heads sub_keys width"],
+    scales: Float[Tensor, "batch kv_heads sub_keys 1"] | None,
+    length: Int[Tensor, " batch"],
+    *,
+    scale: float,
+    config: SketchWalkConfig,
+) -> Float[Tensor, "batch selections rows blocks"]:
+    """`sketch_walk.sketch.block_scores` from stored key sketches, in one Triton kernel."""
+    from sketch_walk.kernels import triton_scores
+
+    return triton_scores.block_scores(
+        queries,
+        last_rank,
+        codes,
+        scales,
+        length,
+        scale=scale,
+        per_block=config.block_size // config.key_sub_block,
+        key_sub_block=config.key_sub_block,
+        reduce=config.reduce,
+        per_kv_head=config.head_mode == "per_kv_head",
+    )
+
+
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed; run: pip install "sketch_walk[triton]"'
@@ -150,4 +203,6 @@ __all__ = [
     "available",
     "check_impl",
     "dense_crossover",
+    "fused_block_scores",
+    "scores_with_triton",
 ]

@@ -14,6 +14,9 @@ from sketch_walk.layout import Layout, slice_bytes, take_tokens
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
+# Blocks averaged at a time for the mean correction, to bound the copies of their keys and values.
+MEAN_RUN = 16
+
 
 def attend_selected(
     query: Shaped[Tensor, "batch heads num_queries head_dim"],
@@ -51,7 +54,7 @@ def attend_selected(
     """
     batch, heads, num_queries, head_dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
-    group, num_rows = heads // kv_heads, indices.shape[2]
+    group, selections, num_rows = heads // kv_heads, indices.shape[1], indices.shape[2]
     device = query.device
     width = 1 if num_queries == 1 else block_size
     within = torch.arange(block_size, device=device)
@@ -61,8 +64,11 @@ def attend_selected(
     # One spare row takes the results of padding.
     rows_out = query.new_zeros(batch * num_queries * heads + 1, value_dim)
     widths = [indices.shape[3]] * num_rows if torch.compiler.is_compiling() else _widths(counts)
-    bytes_per_block = batch * kv_heads * block_size * (head_dim + value_dim) * key.element_size()
-    room = slice_bytes(query, key, value) // max(1, bytes_per_block)
+    per_key = kv_heads * (head_dim + value_dim)
+    if selections > 1:
+        # Each head then has a mask of its own, beside its boolean half-way.
+        per_key += 2 * heads * width
+    room = slice_bytes(query, key, value) // max(1, batch * block_size * per_key * key.element_size())
     for lo, hi in _slices(widths, room):
         rows, blocks = hi - lo, max(1, *widths[lo:hi])
         block = indices[:, :, lo:hi, :blocks].transpose(1, 2).long()
@@ -180,15 +186,17 @@ def _gathered_bias(
 def _block_means(key: Tensor, value: Tensor, layout: Layout, block_size: int) -> tuple[Tensor, Tensor]:
     """Mean key and value of every block, shape (batch, kv_heads, blocks, dim), over real tokens only."""
     blocks = -(-layout.max_length // block_size)
-    rank = torch.arange(blocks * block_size, device=key.device).expand(key.shape[0], -1)
-    at = layout.key_positions(rank)
-    real = (rank < layout.length[:, None]).unflatten(1, (blocks, block_size))
-    weight = real / real.sum(-1, keepdim=True).clamp(min=1)
-    means = []
-    for x in (key, value):
-        tokens = take_tokens(x, at[:, None, None])[:, 0].unflatten(2, (blocks, block_size))
-        means.append((tokens * weight[:, None, :, :, None].to(x.dtype)).sum(3))
-    return means[0], means[1]
+    means: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for lo in range(0, blocks, MEAN_RUN):
+        stop = min(lo + MEAN_RUN, blocks)
+        rank = torch.arange(lo * block_size, stop * block_size, device=key.device).expand(key.shape[0], -1)
+        at = layout.key_positions(rank)[:, None, None]
+        real = (rank < layout.length[:, None]).unflatten(1, (-1, 1, block_size))
+        weight = (real / real.sum(-1, keepdim=True).clamp(min=1))[:, None].to(key.dtype)
+        for x, parts in zip((key, value), means, strict=True):
+            # [batch, 1, blocks, 1, block_size] @ [batch, kv_heads, blocks, block_size, dim]
+            parts.append((weight @ take_tokens(x, at)[:, 0].unflatten(2, (-1, block_size))).squeeze(3))
+    return torch.cat(means[0], 2), torch.cat(means[1], 2)
 
 
 def _mean_bias(
