@@ -29,6 +29,7 @@ from sketch_walk.config import PRESETS, SketchWalkConfig, causal_density
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "benchmarks" / "results"
 QUALITY, SPEED = "yardstick_smollm2_4k.json", "cpu_prompt.json"
+QUALITY_TRITON, GPU_LAYER, DECODE = "yardstick_smollm2_4k_triton.json", "gpu_layer.json", "cpu_decode.json"
 TASKS = ("noise", "essay", "mk4")
 LENGTHS = (4096, 32_768, 131_072)
 README_LENGTHS = (1024, 2048, 4096, 8000)
@@ -209,6 +210,81 @@ def quality_bfloat16() -> str:
     return quality_table("bfloat16")
 
 
+def quality_triton() -> str:
+    """Region: the same questions through the Triton kernels, with more prompts."""
+    data = read(QUALITY_TRITON)
+    assert data is not None, f"{RESULTS / QUALITY_TRITON} is missing"
+    body = [
+        [
+            rule_name(row["config"]),
+            row["rope_frequencies"].split(" ")[0],
+            str(row["samples"]),
+            f"{row['block_density']:.3f}",
+            *(f"{row[task]['accuracy']:.2f} / {row[task]['nll']:.2f}" for task in TASKS),
+            f"{row['prose_nll']:.4f}",
+        ]
+        for row in data["results"]
+    ]
+    source = f"Source: `benchmarks/results/{QUALITY_TRITON}`."
+    text = f"Kernel: {data['impl']}, triton {data['triton']}, {data['device']}. {source}"
+    head = ("attention", "RoPE frequencies", "prompts per task", "block density", *TASKS, "prose NLL")
+    return wrapped(text) + "\n\n" + table(head, body, left=2)
+
+
+def gpu_layer() -> str:
+    """Region: one layer's prefill on a GPU, selector included."""
+    data = read(GPU_LAYER)
+    assert data is not None, f"{RESULTS / GPU_LAYER} is missing"
+    body = [
+        [
+            f"{row['tokens']:,}",
+            str(row["block_size"]),
+            f"{row['block_density']:.3f}",
+            f"{row['layer_ms']:.1f}",
+            f"{row['stages_ms']['sketch_keys'] + row['stages_ms']['scores']:.1f}",
+            f"{row['stages_ms']['attend']:.1f}",
+            f"{row['flash_ms']:.1f}",
+            f"{row['cudnn_ms']:.1f}",
+            f"{row['over_flash']:.2f}×",
+            f"{row['over_fastest_dense']:.2f}×",
+        ]
+        for row in data["results"]
+    ]
+    text = (
+        f"Milliseconds of device time: {data['what']}. {data['device']}, torch {data['torch']}, "
+        f"triton {data['triton']}; medians of {data['repeats']}. Random tensors: no accuracy belongs to these rows; "
+        "that of the same settings on a small real model is in the [validation report](validation-report.md). "
+        f"Source: `benchmarks/results/{GPU_LAYER}`."
+    )
+    head = (
+        "tokens", "block", "block density", "layer", "sketch and scores", "attention", "SDPA flash", "SDPA cuDNN",
+        "over flash", "over the faster dense",
+    )  # fmt: skip
+    return wrapped(text) + "\n\n" + table(head, body, left=0)
+
+
+def cpu_decode() -> str:
+    """Region: a decode step of one layer on a CPU."""
+    data = read(DECODE)
+    assert data is not None, f"{RESULTS / DECODE} is missing"
+    body = [
+        [
+            f"{row['tokens']:,}",
+            f"{row['dense_ms']:.2f}",
+            f"{row['sparse_ms']:.2f}",
+            f"{row['speedup']:.2f}×",
+            f"{row['block_density']:.3f}",
+        ]
+        for row in data["results"]
+    ]
+    text = (
+        f"Milliseconds: {data['what']}; {data['device']}, torch {data['torch']}, medians. "
+        f"Source: `benchmarks/results/{DECODE}`."
+    )
+    head = ("cached tokens", "dense", "sparse", "dense / sparse", "block density")
+    return wrapped(text) + "\n\n" + table(head, body, left=0)
+
+
 def quality_setting() -> str:
     """Region: how the quality file was made."""
     data, rows = quality()
@@ -386,6 +462,9 @@ REGIONS: dict[str, Callable[[], str]] = {
     "quality-float32": quality_float32,
     "quality-bfloat16": quality_bfloat16,
     "quality-setting": quality_setting,
+    "quality-triton": quality_triton,
+    "gpu-layer": gpu_layer,
+    "cpu-decode": cpu_decode,
     "walk-finding": walk_finding,
     "knobs": knobs,
     "presets": presets,

@@ -27,9 +27,6 @@ from sketch_walk.walk import transition_rows
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
 
-# Keys are sketched in runs of this many tokens, to bound float32 copies.
-KEY_RUN = 1024
-
 
 @torch.no_grad()
 def absorb_call(
@@ -64,7 +61,9 @@ def absorb_keys(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor) 
     first = layout.past // size
     last = [(n - 1) // size - p // size + 1 for p, n in layout.bounds or ()]
     total = max(last, default=0) if layout.bounds is not None else (layout.num_queries - 1) // size + 2
-    run = max(1, KEY_RUN // size)
+    # A run's keys in float32, and their means before and after the rotation.
+    bytes_per_sub_key = key.shape[0] * key.shape[1] * key.shape[3] * 4 * (size + 2)
+    run = max(1, slice_bytes(key, key) // bytes_per_sub_key)
     for lo in range(0, total, run):
         index = first[:, None] + torch.arange(lo, min(lo + run, total), device=key.device)
         rank = (index[..., None] * size + torch.arange(size, device=key.device)).flatten(1)

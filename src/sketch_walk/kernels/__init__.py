@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
-# Prompt tokens below which dense attention is not slower, selector and state included.
-# benchmarks/results/cpu_prompt.json measures the CPU's; other devices keep its value until they are measured.
-PREFILL_CROSSOVER = {"cpu": 1536}
-# Cached tokens below which a decode step is not slower dense.
-DECODE_CROSSOVER = {"cpu": 32768}
+# Prompt tokens below which dense attention is not slower, selector and state included. Measured: the CPU's in
+# benchmarks/results/cpu_prompt.json, CUDA's on an H100 in benchmarks/results/gpu_layer.json, against its fastest dense
+# kernel. Other devices take CUDA's.
+PREFILL_CROSSOVER = {"cpu": 1536, "cuda": 32768}
+# Cached tokens below which a decode step is not slower dense: benchmarks/results/cpu_decode.json. The selector's many
+# small launches lose to dense on a GPU at every length that was measured (to 131,072 tokens).
+DECODE_CROSSOVER = {"cpu": 8192, "cuda": 1 << 20}
 
 # Rows of query blocks from which fused scores fill a GPU; a decode step has one, and torch's products spread it.
 LEAST_FUSED_ROWS = 16
@@ -37,7 +39,7 @@ LEAST_FUSED_ROWS = 16
 def dense_crossover(device_type: str, decode: bool = False) -> int:
     """Tokens below which calls run dense attention when `SketchWalkConfig.dense_below` is None."""
     table = DECODE_CROSSOVER if decode else PREFILL_CROSSOVER
-    return table.get(device_type, table["cpu"])
+    return table.get(device_type, table["cuda"])
 
 
 def available() -> dict[str, str | None]:
