@@ -8,7 +8,7 @@ DOCS_READY := $(VENV)/.ready-docs
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck unit docs
+.PHONY: help demo test lint typecheck unit test-gpu docs
 
 help:
 	@echo "make demo       needle retrieval on a real model, dense and sparse side by side"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make typecheck  mypy"
 	@echo "make unit       tests alone, with coverage"
+	@echo "make test-gpu   the Triton kernels on this machine's GPU"
 	@echo "make docs       fill the tables of the documentation and build it into site/"
 
 $(RUN_READY): pyproject.toml constraints.txt
@@ -48,6 +49,11 @@ typecheck: $(TEST_READY)
 # One thread: with two on a busy two-core machine the same call swings by a factor of fifty.
 unit: $(TEST_READY)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --cov=sketch_walk --cov-fail-under=90
+
+# Needs a GPU and a torch that sees it: name the environment with VENV.
+test-gpu:
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU is visible'"
+	$(BIN)/python -m pytest tests/test_triton.py
 
 docs: $(DOCS_READY)
 	$(BIN)/python docs/generate.py
