@@ -159,10 +159,10 @@ def budget(available: int, config: SketchWalkConfig) -> tuple[int, int, int]:
 
 
 def forced_blocks(available: int, diagonal: int, config: SketchWalkConfig) -> tuple[list[int], list[int]]:
-    """Local blocks and sink blocks of a row, each from the nearest to the farthest."""
+    """Local blocks of a row from the nearest on, and sink blocks from the first on."""
     _, sink, local = budget(available, config)
     locals_ = [b for b in range(diagonal, max(-1, diagonal - local), -1) if b < available]
-    return locals_, [b for b in range(min(sink, available) - 1, -1, -1) if b not in locals_]
+    return locals_, [b for b in range(min(sink, available)) if b not in locals_]
 
 
 def select_row(walk: Tensor, available: int, diagonal: int, config: SketchWalkConfig, everything: bool) -> list[int]:

@@ -73,7 +73,7 @@ def select_blocks(
     """Rows of R -> page table.
 
     A row of `available` causal blocks keeps ``min(available, budget)``: the diagonal and the other local blocks first,
-    then the sink blocks, then the highest scores, ties to the nearer block. Deterministic on every device.
+    then the sink blocks from the first on, then the highest scores, ties to the nearer block. Deterministic.
 
     Parameters
     ----------
@@ -109,7 +109,9 @@ def select_blocks(
     rank = scores.nan_to_num(nan=0.0, posinf=largest, neginf=-1.0)
     if allowed is not None:
         rank = torch.where(allowed[:, None], rank, -1.0)
-    rank = torch.where(sink[:, None], largest, rank).masked_fill(local[:, None], torch.inf)
+    # Above every score, the first block highest: a budget below the sinks keeps the first of them.
+    first_highest = largest * (1 - block.to(scores.dtype) / (2 * max(1, num_blocks)))
+    rank = torch.where(sink[:, None], first_highest, rank).masked_fill(local[:, None], torch.inf)
     rank = rank.masked_fill(~causal[:, None], -torch.inf)
     # Flipped, a stable descending sort puts the nearer of two equal blocks first.
     order = num_blocks - 1 - rank.flip(-1).argsort(dim=-1, descending=True, stable=True)
