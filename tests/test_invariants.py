@@ -505,8 +505,10 @@ TOKENS = 8000
         {"query_sub_block": 1},
         {"head_mode": "mean", "walk": "product"},
         {"density": 0.5},
+        {"mean_correction": True},
+        {"head_mode": "per_kv_head"},
     ],
-    ids=["default", "fine-keys", "fine-queries", "averaged", "half"],
+    ids=["default", "fine-keys", "fine-queries", "averaged", "half", "corrected", "per-head"],
 )
 def test_9_peak_memory_of_a_prompt(changes: dict[str, Any]) -> None:
     config = replace(SketchWalkConfig(density=0.2, min_blocks=4, skip_first_n_layers=0), **changes)

@@ -68,6 +68,9 @@ def attend_selected(
     if selections > 1:
         # Each head then has a mask of its own, beside its boolean half-way.
         per_key += 2 * heads * width
+    if mean_correction:
+        # What is gathered is copied once more, with the means behind it.
+        per_key *= 2
     room = slice_bytes(query, key, value) // max(1, batch * block_size * per_key * key.element_size())
     for lo, hi in _slices(widths, room):
         rows, blocks = hi - lo, max(1, *widths[lo:hi])
