@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sketch_walk import SketchWalkAttention, create_sketch_walk_config, sketch_walk_attention
+from sketch_walk import SketchWalkAttention, create_sketch_walk_config, kernels, sketch_walk_attention
 from sketch_walk.extras import MissingExtraError
 from sketch_walk.kernels import attend, available, check_impl
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.scoring import absorb_keys, call_scores
+from sketch_walk.scoring import absorb_call, absorb_keys, call_scores
 from sketch_walk.state import LayerSketch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,3 +208,19 @@ def test_fused_scores_are_the_references(
     torch.testing.assert_close(fused, exact, atol=4e-3, rtol=0)
     empty = (exact == 0).all(-1)
     assert (fused[empty] == 0).all()
+
+
+@runs
+@pytest.mark.parametrize(("impl", "fused"), [("triton", 1), ("reference", 0)])
+def test_rows_of_dense_calls_keep_to_the_choice(monkeypatch: pytest.MonkeyPatch, impl: str, fused: int) -> None:
+    calls = []
+    original = kernels.fused_block_scores
+
+    def counted(*args: Tensor | None, **keywords: object) -> Tensor:
+        calls.append(keywords)
+        return original(*args, **keywords)
+
+    monkeypatch.setattr(kernels, "fused_block_scores", counted)
+    query, key, _, layout = inputs(1, 4, 2, 100, 0, 32, None, torch.float32)
+    absorb_call(LayerSketch(create_sketch_walk_config(block_size=32)), query, key, layout, 32**-0.5, impl=impl)
+    assert len(calls) == fused

@@ -80,6 +80,21 @@ class Layout:
             return True
         return any(p % block_size and n // block_size > p // block_size for p, n in self.bounds)
 
+    def ranks(self) -> tuple[Int[Tensor, "batch num_keys"], Int[Tensor, "batch num_queries"]]:
+        """Rank of the token at each key and at each query position, -1 for padding."""
+        batch, device = self.past.shape[0], self.past.device
+        keys = torch.arange(self.num_keys, device=device).expand(batch, -1)
+        queries = torch.arange(self.num_queries, device=device).expand(batch, -1)
+        key_rank = torch.where(keys < self.length[:, None], keys, -1)
+        if self.key_index is None or self.query_index is None:
+            return key_rank, queries + self.past[:, None]
+        new = self.length - self.past
+        query_rank = torch.where(queries < new[:, None], queries + self.past[:, None], -1)
+        return (
+            torch.empty_like(key_rank).scatter_(1, self.key_index, key_rank),
+            torch.empty_like(query_rank).scatter_(1, self.query_index, query_rank),
+        )
+
     def query_positions(self, slots: Int[Tensor, "batch n"]) -> Int[Tensor, "batch n"]:
         """Positions, in the query tensor, of each sequence's `slots`-th real queries; any position if out of range."""
         slots = slots.clamp(0, max(0, self.num_queries - 1))

@@ -149,12 +149,7 @@ def dense_with_mask(Q: Tensor, K: Tensor, V: Tensor, layout: Layout, bias: Tenso
     if bias is None and causal:
         return attend_dense(Q, K, V, layout, scale=scale)
     num_queries, num_keys, device = Q.shape[2], K.shape[2], Q.device
-    hidden = torch.ones(Q.shape[0], 1, 1, num_keys, dtype=torch.bool, device=device)
-    if layout.key_index is None:
-        hidden[:] = False
-    else:
-        real = torch.arange(num_keys, device=device) < layout.length[:, None]
-        hidden.view(-1, num_keys).scatter_(1, layout.key_index, ~real)
+    hidden = (layout.ranks()[0] < 0)[:, None, None]
     if causal:
         after = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(num_keys - num_queries + 1)
         hidden = hidden | after

@@ -36,11 +36,12 @@ def absorb_call(
     layout: Layout,
     scale: float,
     combine_scores: Callable[[Tensor], Tensor] | None = None,
+    impl: str = "auto",
 ) -> None:
     """Update `state` with a call that ran dense: the same key sketches and transition rows as if it had run sparse."""
     absorb_keys(state, key, layout, query)
     if state.config.uses_walk:
-        scores = call_scores(state, query, layout, scale)
+        scores = call_scores(state, query, layout, scale, impl=impl)
         if combine_scores is not None:
             scores = combine_scores(scores)
         absorb_rows(state, query, transition_rows(scores, state.config), layout, scale, combine_scores)

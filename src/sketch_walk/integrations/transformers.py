@@ -377,7 +377,7 @@ def attention_forward(
         _record_dense(handle, layer_idx, reason, query, key)
         out = kernels.attend_dense(query, key, value, layout, scale=scale, dropout=dropout)
         if layer is not None:
-            _remember_dense_call(layer, query, key, layout, attention_mask, scale)
+            _remember_dense_call(layer, query, key, layout, attention_mask, scale, handle.impl)
         return out.transpose(1, 2).contiguous(), None
     if dropout:
         raise ValueError("sparse attention has no dropout; call model.eval() or set attention_dropout to 0")
@@ -420,7 +420,7 @@ def _sparse_call(
         if isinstance(layer, SketchDynamicLayer):
             offset = key.shape[2] - query.shape[2]
             sketch.crop(offset)
-            _take_in(layer, offset, query, key, valid, scale)
+            _take_in(layer, offset, query, key, valid, scale, forward.handle.impl)
     result = sketch_walk_attention(
         query,
         key,
@@ -439,7 +439,7 @@ def _sparse_call(
 
 
 def _take_in(
-    layer: SketchDynamicLayer, stop: int, query: Tensor, key: Tensor, valid: Tensor | None, scale: float
+    layer: SketchDynamicLayer, stop: int, query: Tensor, key: Tensor, valid: Tensor | None, scale: float, impl: str
 ) -> None:
     """Take in the positions before `stop` that dense calls left: keys from the cache, queries as deferred."""
     sketch = layer.sketch
@@ -452,22 +452,22 @@ def _take_in(
     if pending is None:
         absorb_keys(sketch, earlier, layout, query)
     else:
-        absorb_call(sketch, pending, earlier, layout, scale)
+        absorb_call(sketch, pending, earlier, layout, scale, impl=impl)
     sketch.tokens = stop
 
 
 def _remember_dense_call(
-    layer: SketchLayer, query: Tensor, key: Tensor, layout: Layout, valid: Tensor | None, scale: float
+    layer: SketchLayer, query: Tensor, key: Tensor, layout: Layout, valid: Tensor | None, scale: float, impl: str
 ) -> None:
     """A dense call leaves the same state as a sparse one, at once or when a sparse call needs it."""
     sketch = layer.sketch
     if isinstance(layer, SketchStaticLayer):
-        absorb_call(sketch, query, key, layout, scale)
+        absorb_call(sketch, query, key, layout, scale, impl=impl)
     elif sketch.config.uses_walk:
         sketch.crop(key.shape[2] - query.shape[2])
         sketch.defer(query)
         if sketch.pending_tokens > MAX_PENDING:
-            _take_in(layer, key.shape[2], query, key, valid, scale)
+            _take_in(layer, key.shape[2], query, key, valid, scale, impl)
 
 
 def _record_dense(handle: SketchWalkHandle, layer_idx: int, reason: str, query: Tensor, key: Tensor) -> None:

@@ -28,14 +28,13 @@ def attend_dense(
 ) -> Shaped[Tensor, "batch heads num_queries head_dim"]:
     """Causal attention over all real keys; outputs of padding queries are finite and meaningless."""
     num_queries, num_keys = query.shape[2], key.shape[2]
-    # Repeating keys costs less than the fall-back of a masked grouped call.
     grouped = key.shape[1] != query.shape[1]
     unpadded = layout.key_index is None
     if unpadded and (num_queries == num_keys or num_queries == 1):
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scale, is_causal=num_queries > 1, enable_gqa=grouped
         )
-    key_rank, query_rank = _ranks(layout)
+    key_rank, query_rank = layout.ranks()
     results = []
     for lo in range(0, num_queries, QUERY_SLICE):
         rank = query_rank[:, lo : lo + QUERY_SLICE, None]
@@ -53,19 +52,3 @@ def attend_dense(
             )
         )
     return results[0] if len(results) == 1 else torch.cat(results, 2)
-
-
-def _ranks(layout: Layout) -> tuple[Tensor, Tensor]:
-    """Rank of the token at each key and query position, -1 for padding."""
-    batch, device = layout.past.shape[0], layout.past.device
-    keys = torch.arange(layout.num_keys, device=device).expand(batch, -1)
-    queries = torch.arange(layout.num_queries, device=device).expand(batch, -1)
-    if layout.key_index is None or layout.query_index is None:
-        return torch.where(keys < layout.length[:, None], keys, -1), queries + layout.past[:, None]
-    new = layout.length - layout.past
-    key_rank = torch.where(keys < layout.length[:, None], keys, -1)
-    query_rank = torch.where(queries < new[:, None], queries + layout.past[:, None], -1)
-    return (
-        torch.empty_like(key_rank).scatter_(1, layout.key_index, key_rank),
-        torch.empty_like(query_rank).scatter_(1, layout.query_index, query_rank),
-    )
