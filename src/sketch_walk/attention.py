@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,17 @@ class SketchWalkOutput(NamedTuple):
     impl: str
 
 
+@runtime_checkable
+class ScoreFunction(Protocol):
+    """Block scores from somewhere else than the sketches: an oracle, a baseline."""
+
+    def __call__(self, query: Tensor, key: Tensor, config: SketchWalkConfig, *, layout: Layout, scale: float) -> Tensor:
+        """Scores of the call's query blocks: float32, at least 0, shape (batch, 1 or kv_heads, query blocks, blocks),
+        0 beyond the diagonal. The head axis follows ``config.head_mode``.
+        """
+        ...
+
+
 def sketch_walk_attention(
     query: Shaped[Tensor, "batch heads num_queries head_dim"],
     key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
@@ -60,6 +71,7 @@ def sketch_walk_attention(
     causal: bool = True,
     impl: str = "auto",
     combine_scores: Callable[[Tensor], Tensor] | None = None,
+    score_with: ScoreFunction | None = None,
 ) -> SketchWalkOutput:
     """Attention of one layer over the blocks that sketch and walk select.
 
@@ -83,11 +95,22 @@ def sketch_walk_attention(
         Kernels of the scores and of the attention; see `sketch_walk.kernels`.
     combine_scores : callable, optional
         Maps this rank's block scores to all ranks' under tensor parallelism (an all-reduce).
+    score_with : ScoreFunction, optional
+        Scores the call's query blocks in place of the sketches, for measurement (`sketch_walk.evaluation.selectors`).
+        The walk, the selection and the attention are unchanged. A block that was open before the call still gets its
+        transition row from the sketches.
 
     Returns
     -------
     SketchWalkOutput
+
+    Raises
+    ------
+    ValueError
+        For `score_with` together with `bias` or without `causal`, and as `sketch_walk.kernels`.
     """
+    if score_with is not None and (bias is not None or not causal):
+        raise ValueError("score_with scores causal attention without a bias: bias must be None and causal True")
     batch, _, num_queries, head_dim = query.shape
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     layout = layout or make_layout(batch, num_queries, key.shape[2], query.device)
@@ -95,7 +118,10 @@ def sketch_walk_attention(
     with torch.no_grad():
         state = LayerSketch(config) if state is None else state
         absorb_keys(state, key, layout, query)
-        scores = call_scores(state, query, layout, scale, causal, impl)
+        if score_with is None:
+            scores = call_scores(state, query, layout, scale, causal, impl)
+        else:
+            scores = score_with(query, key, config, layout=layout, scale=scale)
         if combine_scores is not None:
             scores = combine_scores(scores)
         rows = transition_rows(scores, config)

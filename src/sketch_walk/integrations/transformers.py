@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sketch_walk import kernels
-from sketch_walk.attention import SketchWalkOutput, sketch_walk_attention
+from sketch_walk.attention import ScoreFunction, SketchWalkOutput, sketch_walk_attention
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import require
 from sketch_walk.hadamard import sketch_matrix
@@ -74,6 +75,18 @@ class LayerCall(NamedTuple):
     indices: Tensor | None
 
 
+class LayerTensors(NamedTuple):
+    """What a sparse layer worked on and what came of it, as `SketchWalkHandle.observer` sees it."""
+
+    layer_idx: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    layout: Layout
+    scale: float
+    result: SketchWalkOutput
+
+
 @dataclass
 class ForwardPass:
     """What the layers of one forward pass share."""
@@ -109,6 +122,10 @@ class SketchWalkHandle:
     ----------
     calls : list of LayerCall
         Filled when `enable` was given ``record=True``.
+    score_with : ScoreFunction, optional
+        Scores blocks in place of the sketches, for measurement; see `sketch_walk.evaluation.selectors.selector`.
+    observer : callable, optional
+        Called with the `LayerTensors` of every sparse layer, after it attended.
     """
 
     def __init__(self, model: PreTrainedModel, config: SketchWalkConfig, mode: str, record: bool, impl: str) -> None:
@@ -117,6 +134,8 @@ class SketchWalkHandle:
         self.record = record
         self.impl = impl
         self.calls: list[LayerCall] = []
+        self.score_with: ScoreFunction | None = None
+        self.observer: Callable[[LayerTensors], None] | None = None
         self._model = weakref.ref(model)
         self._restore: list[tuple[Any, str | None]] = []
         self._hook: Any = None
@@ -382,6 +401,8 @@ def attention_forward(
     if dropout:
         raise ValueError("sparse attention has no dropout; call model.eval() or set attention_dropout to 0")
     result = _sparse_call(forward, layer, query, key, value, layout, attention_mask, scale)
+    if handle.observer is not None:
+        handle.observer(LayerTensors(layer_idx, query, key, value, layout, scale, result))
     if handle.record and not torch.compiler.is_compiling():
         handle.calls.append(_sparse_record(handle, layer_idx, result, query, key, layout))
     return result.output.transpose(1, 2).contiguous(), None
@@ -431,6 +452,7 @@ def _sparse_call(
         layout=layout,
         scale=scale,
         impl=forward.handle.impl,
+        score_with=forward.handle.score_with,
     )
     forward.walk = result.walk
     if isinstance(layer, SketchDynamicLayer):
