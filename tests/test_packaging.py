@@ -37,7 +37,7 @@ ALLOWED = {
     "llama": {"integrations"},
     "complexity": {"config"},
     "plots": {"extras"},
-    "evaluation": {"config", "extras", "integrations"},
+    "evaluation": {"config", "extras", "kernels", "layout", "selection", "attention", "integrations"},
     "cli": {"config", "extras", "kernels", "integrations", "complexity", "evaluation", "plots"},
 }
 
