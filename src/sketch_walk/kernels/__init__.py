@@ -1,13 +1,16 @@
 """Kernels of stage 6 behind one contract: a `BlockSelection` in, attention out.
 
-`reference` is the specification (torch, any device); `triton` serves GPUs, forward only; `dense` is SDPA. "auto" picks
-and says what it picked; an explicit choice never falls back.
+`reference` is the specification (torch, any device); `triton` serves GPUs, forward only; `cute` is flash-attn-4 on
+Hopper and newer, for prefill; `dense` is SDPA. "auto" picks and says what it picked; an explicit choice never falls
+back.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from functools import lru_cache
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +25,7 @@ from sketch_walk.layout import Layout
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
-IMPLEMENTATIONS = ("auto", "reference", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "triton", "cute")
 
 # Prompt tokens below which dense attention is not slower, selector and state included. Measured: the CPU's in
 # benchmarks/results/cpu_prompt.json, CUDA's on an H100 in benchmarks/results/gpu_layer.json, against its fastest dense
@@ -31,6 +34,10 @@ PREFILL_CROSSOVER = {"cpu": 1536, "cuda": 32768}
 # Cached tokens below which a decode step is not slower dense: benchmarks/results/cpu_decode.json. The selector's many
 # small launches lose to dense on a GPU at every length that was measured (to 131,072 tokens).
 DECODE_CROSSOVER = {"cpu": 8192, "cuda": 1 << 20}
+
+# Tokens from which "auto" prefers `cute` to `triton` in prefill, by major compute capability. Nothing shorter than
+# 65,536 tokens has been measured yet.
+CUTE_FROM = {9: 8192}
 
 # Rows of query blocks from which fused scores fill a GPU; a decode step has one, and torch's products spread it.
 LEAST_FUSED_ROWS = 16
@@ -44,7 +51,7 @@ def dense_crossover(device_type: str, decode: bool = False) -> int:
 
 def available() -> dict[str, str | None]:
     """Every kernel's name, with None where it is usable here, else the reason why it is not."""
-    return {"reference": None, "dense": None, "triton": _why_no_triton()}
+    return {"reference": None, "dense": None, "triton": _why_no_triton(), "cute": _why_no_cute()}
 
 
 def check_impl(impl: str) -> None:
@@ -61,7 +68,7 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"unknown impl {impl!r}; expected one of {IMPLEMENTATIONS}")
     reason = None if impl == "auto" else available()[impl]
     if reason is not None:
-        missing = importlib.util.find_spec("triton") is None
+        missing = "is not installed" in reason
         raise (MissingExtraError if missing else ValueError)(f"impl {impl!r} is not available: {reason}")
 
 
@@ -88,6 +95,19 @@ def attend(
         If an explicit `impl` cannot do what is asked; the message says what.
     """
     check_impl(impl)
+    if impl in ("auto", "cute"):
+        reason = _why_not_cute_here(
+            query, key, value, indices, layout, block_size, causal, bias, mean_correction, impl == "auto"
+        )
+        if reason is None:
+            from sketch_walk.kernels import flash_cute
+
+            output = flash_cute.attend_selected(
+                query, key, value, indices, counts, layout, block_size=block_size, scale=scale
+            )
+            return output, "cute"
+        if impl == "cute":
+            raise ValueError(f"impl 'cute' cannot run this call: {reason}")
     if impl != "reference":
         reason = _why_not_triton_here(query, key, value, block_size, causal, bias, mean_correction, impl == "auto")
         if reason is None:
@@ -118,12 +138,12 @@ def attend(
 def scores_with_triton(
     impl: str, query: Tensor, causal: bool, width: int, sub_queries: int, per_block: int, num_rows: int
 ) -> bool:
-    """Whether block scores are computed by the Triton kernel.
+    """Whether block scores are computed by the Triton kernel, as they are under "cute".
 
     Raises
     ------
     ValueError
-        If `impl` is "triton" and it cannot; the message says why.
+        If `impl` is "triton" or "cute" and it cannot; the message says why.
     """
     if impl == "reference" or (impl == "auto" and (not query.is_cuda or num_rows < LEAST_FUSED_ROWS)):
         return False
@@ -132,8 +152,8 @@ def scores_with_triton(
         from sketch_walk.kernels import triton_scores
 
         reason = triton_scores.supported(width, sub_queries, per_block)
-    if reason is not None and impl == "triton":
-        raise ValueError(f"impl 'triton' cannot run this call: {reason}")
+    if reason is not None and impl != "auto":
+        raise ValueError(f"impl {impl!r} cannot run this call: {reason}")
     return reason is None
 
 
@@ -170,6 +190,58 @@ def _why_no_triton() -> str | None:
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return "no GPU is visible (TRITON_INTERPRET=1 runs the kernel on the CPU, slowly)"
+
+
+@lru_cache(maxsize=1)
+def _flash_attn_4_is_installed() -> bool:
+    # By its name: FlashAttention-2 is another distribution in the same import package.
+    try:
+        metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _why_no_cute() -> str | None:
+    if not _flash_attn_4_is_installed():
+        return 'flash-attn-4 is not installed; run: pip install "sketch_walk[hopper]"'
+    if importlib.util.find_spec("triton") is None:
+        return 'triton is not installed; run: pip install "sketch_walk[hopper]"'
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "no NVIDIA GPU is visible"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 9 else f"it needs a Hopper or newer GPU; this one's compute capability is {major}.{minor}"
+
+
+def _why_not_cute_here(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    layout: Layout,
+    block_size: int,
+    causal: bool,
+    bias: Tensor | None,
+    mean_correction: bool,
+    automatic: bool,
+) -> str | None:
+    if automatic:
+        if not query.is_cuda or torch.version.hip is not None or torch.compiler.is_compiling():
+            return "the tensors are not on an NVIDIA GPU, or a graph is being compiled"
+        start = CUTE_FROM.get(torch.cuda.get_device_capability(query.device)[0])
+        if start is None or key.shape[2] < start:
+            return "it is not known to be faster here"
+        if _why_no_cute() is not None:
+            return "flash-attn-4 is not available"
+    if not causal:
+        return "it is causal only"
+    if bias is not None:
+        return "it takes no mask of queries by keys"
+    if mean_correction:
+        return "it has no mean correction"
+    from sketch_walk.kernels import flash_cute
+
+    return flash_cute.supported(query, key, value, indices, layout, block_size)
 
 
 def _why_not_triton_here(
