@@ -221,6 +221,81 @@ def plot_speed_against_length(
     _write(figure, path)
 
 
+def plot_recall_by_layer(
+    path: str | os.PathLike[str],
+    curves: Mapping[str, Curve],
+    *,
+    ylabel: str = "recall of attention mass",
+    title: str = "Recall by layer",
+) -> None:
+    """Draw a share in [0, 1] (y) over layers (x), one line a name, and write a PNG.
+
+    Parameters
+    ----------
+    path : str or path
+        File to write; its folder is made.
+    curves : mapping of str to Curve
+    ylabel, title : str
+
+    Raises
+    ------
+    ValueError
+        If `curves` is empty or a curve's lengths differ.
+    """
+    figure, axis = _line_figure(curves, title)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylim(0, 1.02)
+    axis.set_xlabel("layer")
+    axis.set_ylabel(ylabel)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.legend(frameon=False)
+    _write(figure, path)
+
+
+def plot_head_heat_map(
+    path: str | os.PathLike[str],
+    layers: Sequence[int],
+    values: Sequence[Sequence[float]],
+    *,
+    label: str = "recall of attention mass",
+    title: str = "Recall by layer and head",
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> None:
+    """Draw a value of every layer (rows) and head (columns), and write a PNG.
+
+    Parameters
+    ----------
+    path : str or path
+        File to write; its folder is made.
+    layers : sequence of int
+        Layer of each row.
+    values : sequence of rows
+        One value a head, equally many in every row.
+    label, title : str
+        `label` names the values.
+    bounds : (float, float)
+        Values at the two ends of the colors.
+
+    Raises
+    ------
+    ValueError
+        If `values` is not of shape (layers, heads).
+    """
+    if not layers or len(values) != len(layers) or any(len(row) != len(values[0]) or not row for row in values):
+        raise ValueError(f"values must have {len(layers)} rows of equally many values, none of them 0")
+    heads = len(values[0])
+    figure, (axis,) = _figure(1, 1, width=max(4.5, 2.5 + 0.22 * heads), height=max(3.2, 1.4 + 0.17 * len(layers)))
+    image = axis.imshow(values, cmap="viridis", vmin=bounds[0], vmax=bounds[1], aspect="auto", interpolation="nearest")
+    shown = range(0, len(layers), 1 + len(layers) // 24)
+    axis.set_yticks(shown, [str(layers[i]) for i in shown])
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("query head")
+    axis.set_ylabel("layer")
+    axis.set_title(title)
+    figure.colorbar(image, ax=axis, label=label)
+    _write(figure, path)
+
+
 def _line_figure(curves: Mapping[str, Curve], title: str) -> tuple[Any, Any]:
     if not curves:
         raise ValueError("curves must hold at least one line")

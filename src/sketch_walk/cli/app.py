@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,6 +78,51 @@ def generate(
         mode=mode,
         raw=raw,
         max_new_tokens=max_new_tokens,
+        gguf_file=gguf_file,
+        device=device,
+    )
+
+
+@app.command()
+def recall(
+    model: Model = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read a text file instead of a task.")] = None,
+    task: Annotated[str, typer.Option(help="Built-in text: noise, prose or multi_key.")] = "prose",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text; a file is cut there.")] = 4096,
+    seed: Annotated[int, typer.Option(min=0, help="Number of the built-in text.")] = 0,
+    selector: Annotated[
+        str, typer.Option(help="sketch, oracle_max, oracle_mean, quest, xattention, flexprefill, block_means or local.")
+    ] = "sketch",
+    density: Density = None,
+    preset: Preset = None,
+    block_size: BlockSize = None,
+    top_k: TopK = None,
+    walk: Annotated[str | None, typer.Option(help="damped, product or none. Default: the preset's.")] = None,
+    exponent: Annotated[float | None, typer.Option(help="Power of the scores. Default: the preset's.")] = None,
+    follow: Annotated[str, typer.Option(help="Outputs that layers hand on: sparse or dense.")] = "sparse",
+    decode_tokens: Annotated[int, typer.Option(min=0, help="Measure the last tokens, read one by one.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for recall.json and pictures.")] = Path("recall-output"),
+    gguf_file: GgufFile = None,
+    device: Device = None,
+) -> None:
+    """Measure what a selector keeps of the exact attention, per layer and head, beside the oracle."""
+    from sketch_walk.cli.recall import run_recall
+
+    if density is None and preset is None and top_k is None:
+        density = 0.2
+    config = make_config(preset, density, block_size, top_k, dense_below=0)
+    changes: dict[str, Any] = {"walk": walk, "sparsity_exponent": exponent}
+    run_recall(
+        model=model,
+        file=file,
+        task=task,
+        tokens=tokens,
+        seed=seed,
+        selector=selector,
+        config=replace(config, **{name: value for name, value in changes.items() if value is not None}),
+        follow=follow,
+        decode_tokens=decode_tokens,
+        output=output,
         gguf_file=gguf_file,
         device=device,
     )

@@ -78,7 +78,7 @@ def block_mass(
     """
     batch, heads, count, width, dim = rows.queries.shape
     kv_heads, blocks = key.shape[1], rows.first_block + count
-    queries = (rows.queries * scale).view(batch, kv_heads, -1, dim)
+    queries = (rows.queries * scale).reshape(batch, kv_heads, -1, dim)
     per_key = 4 * batch * heads * count * width
     run = max(1, slice_bytes(rows.queries) // (per_key * block_size))
     parts = []
