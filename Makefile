@@ -16,7 +16,7 @@ help:
 	@echo "make lint       ruff check and ruff format --check"
 	@echo "make typecheck  mypy"
 	@echo "make unit       tests alone, with coverage"
-	@echo "make test-gpu   the Triton kernels on this machine's GPU"
+	@echo "make test-gpu   the Triton and flash-attn-4 kernels on this machine's GPU"
 	@echo "make docs       fill the tables of the documentation and build it into site/"
 
 $(RUN_READY): pyproject.toml constraints.txt
@@ -53,7 +53,7 @@ unit: $(TEST_READY)
 # Needs a GPU and a torch that sees it: name the environment with VENV.
 test-gpu:
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU is visible'"
-	$(BIN)/python -m pytest tests/test_triton.py
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_cute.py
 
 docs: $(DOCS_READY)
 	$(BIN)/python docs/generate.py
