@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sketch_walk import create_sketch_walk_config, kernels, sketch_walk_attention
 from sketch_walk.extras import MissingExtraError
-from sketch_walk.kernels import attend, available, check_impl, flash_cute, scores_with_triton
+from sketch_walk.kernels import attend, attend_dense, available, check_impl, dense, flash_cute, scores_with_triton
 from sketch_walk.kernels.flash_cute import Plan
 from sketch_walk.layout import Layout, make_layout
 
@@ -228,7 +228,7 @@ def test_every_reason_not_to_run(arguments: dict[str, Any], reason: str) -> None
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_flash_attn_4_is_installed", lambda: False)
+    monkeypatch.setattr(flash_cute, "is_installed", lambda: False)
     with pytest.raises(MissingExtraError, match=r"flash-attn-4 is not installed.*sketch_walk\[hopper\]"):
         check_impl("cute")
 
@@ -240,7 +240,7 @@ def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_gpu_decides(
     monkeypatch: pytest.MonkeyPatch, visible: bool, capability: tuple[int, int] | None, reason: str | None
 ) -> None:
-    monkeypatch.setattr(kernels, "_flash_attn_4_is_installed", lambda: True)
+    monkeypatch.setattr(flash_cute, "is_installed", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     if reason is None:
@@ -275,6 +275,44 @@ def test_scores_under_cute_are_tritons() -> None:
     assert scores_with_triton("cute", query, True, 32, 16, 16, 2)
     with pytest.raises(ValueError, match="impl 'cute' cannot run this call: it is causal only"):
         scores_with_triton("cute", query, False, 32, 16, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("new", "past", "installed", "expected"),
+    [
+        (256, 0, False, "cudnn"),
+        (256, 0, True, "flash-attn-4"),
+        (64, 192, True, "flash-attn-4"),
+        (64, 192, False, None),
+        (100, 0, True, "cudnn"),
+        (60, 0, True, None),
+    ],
+)
+def test_the_fastest_dense_kernel_is_looked_up(
+    monkeypatch: pytest.MonkeyPatch, new: int, past: int, installed: bool, expected: str | None
+) -> None:
+    """With the table's lengths made short; whether a kernel is there is the machine's."""
+    monkeypatch.setattr(dense, "FASTEST_FROM", {9: {"flash-attn-4": 200, "cudnn": 64}})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda parameters: True)
+    monkeypatch.setattr(flash_cute, "dense_supported", lambda *tensors: None if installed else "not installed")
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
+    query, key, value, _ = inputs(1, 4, 2, new, past, 32, 0, torch.float16)
+    assert dense.fastest_dense(query, key, value) == expected
+
+
+@needs_hopper
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("new", "past"), [(300, 0), (100, 233)])
+@pytest.mark.parametrize("name", ["flash-attn-4", "cudnn"])
+def test_dense_kernels_agree(monkeypatch: pytest.MonkeyPatch, name: str, new: int, past: int) -> None:
+    query, key, value, layout = inputs(2, 8, 2, new, past, 128, 40, torch.bfloat16)
+    exact = attend_dense(query.float(), key.float(), value.float(), layout, scale=0.1)
+    monkeypatch.setattr(dense, "FASTEST_FROM", {torch.cuda.get_device_capability()[0]: {name: 0}})
+    expected = None if name == "cudnn" and past else name
+    assert dense.fastest_dense(query, key, value) == expected
+    output = attend_dense(query, key, value, layout, scale=0.1)
+    torch.testing.assert_close(output.float(), exact, atol=1.6e-2, rtol=0)
 
 
 # batch, heads, kv_heads, new tokens, past tokens, head_dim, block, dtype

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import lru_cache
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import MissingExtraError
+from sketch_walk.kernels import flash_cute
 from sketch_walk.kernels.dense import attend_dense
 from sketch_walk.kernels.reference import attend_selected
 from sketch_walk.layout import Layout
@@ -100,8 +99,6 @@ def attend(
             query, key, value, indices, layout, block_size, causal, bias, mean_correction, impl == "auto"
         )
         if reason is None:
-            from sketch_walk.kernels import flash_cute
-
             output = flash_cute.attend_selected(
                 query, key, value, indices, counts, layout, block_size=block_size, scale=scale
             )
@@ -192,18 +189,8 @@ def _why_no_triton() -> str | None:
     return "no GPU is visible (TRITON_INTERPRET=1 runs the kernel on the CPU, slowly)"
 
 
-@lru_cache(maxsize=1)
-def _flash_attn_4_is_installed() -> bool:
-    # By its name: FlashAttention-2 is another distribution in the same import package.
-    try:
-        metadata.version("flash-attn-4")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def _why_no_cute() -> str | None:
-    if not _flash_attn_4_is_installed():
+    if not flash_cute.is_installed():
         return 'flash-attn-4 is not installed; run: pip install "sketch_walk[hopper]"'
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed; run: pip install "sketch_walk[hopper]"'
@@ -239,8 +226,6 @@ def _why_not_cute_here(
         return "it takes no mask of queries by keys"
     if mean_correction:
         return "it has no mean correction"
-    from sketch_walk.kernels import flash_cute
-
     return flash_cute.supported(query, key, value, indices, layout, block_size)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -86,22 +87,32 @@ def supported(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, layout: Layout, block_size: int
 ) -> str | None:
     """None if this call can run, else the reason why not."""
-    head_dim = query.shape[3]
     if block_size not in BLOCK_SIZES:
         return f"block_size {block_size} is not one of {BLOCK_SIZES}"
     if indices.shape[1] != 1:
         return "it takes one selection shared by all heads (head_mode 'shared')"
+    if layout.query_index is not None or layout.bounds is None:
+        return "it takes no padding and no compiled graph"
+    if _rows(layout, block_size).whole == 0:
+        return f"the call's {layout.num_queries} queries hold no whole block; single tokens are the other kernels' job"
+    return _unreadable(query, key, value)
+
+
+def dense_supported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """None if `attend_dense` takes these tensors, else the reason why not."""
+    if not is_installed():
+        return "flash-attn-4 is not installed"
+    return _unreadable(query, key, value)
+
+
+def _unreadable(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    head_dim = query.shape[3]
     if head_dim not in HEAD_DIMS or value.shape[3] != head_dim:
         return f"head_dim must be the same for query and value, a multiple of 8 in 32 ... 256, got {head_dim}"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype {query.dtype} is neither float16 nor bfloat16"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return "it computes no gradients"
-    if layout.query_index is not None or layout.bounds is None:
-        return "it takes no padding and no compiled graph"
-    rows = _rows(layout, block_size)
-    if rows.whole == 0:
-        return f"the call's {layout.num_queries} queries hold no whole block; single tokens are the other kernels' job"
     if any(not _aligned(x) for x in (query, key, value)):
         return "rows of query, key and value must be contiguous and start at multiples of 16 bytes"
     if not query.is_cuda:
@@ -110,6 +121,16 @@ def supported(
     if capability[0] not in CAPABILITIES:
         return f"it needs a GPU of compute capability 9.x to 11.x, got {capability[0]}.{capability[1]}"
     return import_error()
+
+
+@lru_cache(maxsize=1)
+def is_installed() -> bool:
+    """Whether the distribution is there, by its name: FlashAttention-2 shares its import package."""
+    try:
+        metadata.version("flash-attn-4")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)
@@ -176,6 +197,18 @@ def attend_selected(
                     query[:, :, start:end], key, value, indices, counts, past + start, row, block_size, scale
                 )
     return output.transpose(1, 2)
+
+
+def attend_dense(
+    query: Shaped[Tensor, "batch heads num_queries head_dim"],
+    key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
+    value: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
+    scale: float,
+) -> Shaped[Tensor, "batch heads num_queries head_dim"]:
+    """Causal attention of the last `num_queries` tokens to all keys, for tensors that are `dense_supported`."""
+    tokens_first = (x.detach().transpose(1, 2) for x in (query, key, value))
+    with torch.cuda.device_of(query):
+        return forward()(*tokens_first, causal=True, softmax_scale=scale)[0].transpose(1, 2)
 
 
 class _Rows(NamedTuple):
