@@ -91,7 +91,7 @@ def sketch_walk_attention(
         Added to the logits of selected pairs, -inf to hide.
     scale : float, optional
         Default 1/sqrt(head_dim).
-    impl : {"auto", "reference", "triton"}
+    impl : {"auto", "reference", "triton", "cute"}
         Kernels of the scores and of the attention; see `sketch_walk.kernels`.
     combine_scores : callable, optional
         Maps this rank's block scores to all ranks' under tensor parallelism (an all-reduce).

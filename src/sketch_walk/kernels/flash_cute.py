@@ -310,7 +310,10 @@ def _run_blocks(
 ) -> None:  # fmt: skip
     """All query blocks from the first whole one on, of all sequences, into `output`."""
     start, first, length = rows.lead, int(rows.lead > 0), rows.past + query.shape[2]
-    lists = block_lists(indices[:, :, first:], counts[:, :, first:], -(-rows.past // block_size))
+    # The library refuses lists that are wider than the sequence has blocks.
+    lists = block_lists(
+        indices[:, :, first:, : -(-length // block_size)], counts[:, :, first:], -(-rows.past // block_size)
+    )
     forward()(
         query[:, :, start:].transpose(1, 2),
         key[:, :, :length].transpose(1, 2),
