@@ -133,7 +133,15 @@ class SelectionReport:
         MissingExtraError
             If rich is not installed.
         """
-        table = require("rich.table", "eval").Table(title="Selections by layer", title_justify="left")
+        table = require("rich.table", "eval").Table(
+            title="Selections by layer",
+            caption="max, mean oracle: recall of its blocks; in max, in mean: its free blocks that were read",
+            title_justify="left",
+            caption_justify="left",
+            box=require("rich.box", "eval").SIMPLE_HEAD,
+            padding=(0, 0, 0, 1),
+            show_edge=False,
+        )
         for column in ("layer", *COLUMNS):
             table.add_column(column, justify="right")
         for layer in self.layers:
@@ -146,10 +154,10 @@ class SelectionReport:
 COLUMNS = {
     "recall": "recall",
     "least block": "least_recall",
-    "max-oracle's recall": "oracle_max_recall",
-    "mean-oracle's recall": "oracle_mean_recall",
-    "in max-oracle": "oracle_max_overlap",
-    "in mean-oracle": "oracle_mean_overlap",
+    "max oracle": "oracle_max_recall",
+    "mean oracle": "oracle_mean_recall",
+    "in max": "oracle_max_overlap",
+    "in mean": "oracle_mean_overlap",
     "output error": "output_error",
     "blocks read": "block_density",
     "pairs read": "pair_density",
