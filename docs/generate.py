@@ -20,7 +20,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from typer import Context
+
 from sketch_walk import kernels
+from sketch_walk.bench.memory import founding_bytes
 from sketch_walk.cli.app import app
 from sketch_walk.cli.format import bytes_text
 from sketch_walk.complexity import LEAST_ADVISED_DENSITY, PROMISED_STATE_BYTES, ModelShape, count_memory
@@ -29,6 +32,7 @@ from sketch_walk.config import PRESETS, SketchWalkConfig, causal_density
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "benchmarks" / "results"
 QUALITY, SPEED = "yardstick_smollm2_4k.json", "cpu_prompt.json"
+MEMORY = "gpu_memory.json"
 QUALITY_TRITON, GPU_LAYER, DECODE = "yardstick_smollm2_4k_triton.json", "gpu_layer.json", "cpu_decode.json"
 TASKS = ("noise", "essay", "mk4")
 LENGTHS = (4096, 32_768, 131_072)
@@ -263,6 +267,61 @@ def gpu_layer() -> str:
     return wrapped(text) + "\n\n" + table(head, body, left=0)
 
 
+def gpu_memory() -> str:
+    """Region: bytes of one layer, beside the founding document's estimates; a sentence while it is unmeasured."""
+    data = read(MEMORY)
+    if data is None:
+        return wrapped(
+            f"Not measured in this checkout yet (`benchmarks/results/{MEMORY}`); "
+            "[Benchmarks](bench.md#memory) has the command."
+        )
+    shape, versions = data["shape"], data["versions"]
+    text = (
+        f"Bytes of one layer and one sequence, {shape['heads']}/{shape['kv_heads']} heads x {shape['head_dim']}, "
+        f"{data['dtype']}; {data['device']}, torch {versions['torch']}. `{data['command']}`. "
+        f"Source: `benchmarks/results/{MEMORY}`."
+    )
+    rows = [row for row in data["results"] if "peak_bytes" in row]
+    parts = [wrapped(text), "### Estimate and truth, after a prompt", _founding_table(rows), "### Peak of one call"]
+    return "\n\n".join([*parts, _peak_table(rows)])
+
+
+def _founding_table(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        if row["kind"] != "layer" or row["phase"] != "prefill":
+            continue
+        state, estimate = row["state_bytes"], founding_bytes(row["tokens"])
+        pairs = (
+            (estimate["qkv"], row["qkv_bytes"]),
+            (estimate["block_means"] + estimate["sketches"], state["keys"]),
+            (estimate["walk"], state["rows"] + row["walk_bytes"]),
+        )
+        cells = [f"{bytes_text(promised)} / {bytes_text(real)}" for promised, real in pairs]
+        share = percent(row["state_share"])
+        body.append([f"{row['tokens']:,}", str(row["block_size"]), *cells, bytes_text(state["queries"]), share])
+    head = ("Q, K and V", "block means and sketches", "walk", "recent queries", "state, of the KV cache")
+    return table(("tokens", "block", *head), body, left=0)
+
+
+def _peak_table(rows: Sequence[Row]) -> str:
+    body = [
+        [
+            row["phase"],
+            row["method"] if row.get("impl", row["method"]) == row["method"] else f"{row['method']} ({row['impl']})",
+            row["kind"],
+            f"{row['tokens']:,}",
+            str(row.get("block_size", "")),
+            bytes_text(row["peak_bytes"]),
+            bytes_text(row["output_bytes"]),
+            bytes_text(sum(row.get("state_bytes", {}).values())),
+        ]
+        for row in rows
+    ]
+    head = ("phase", "method", "what", "tokens", "block", "peak above the inputs", "output", "state")
+    return table(head, body, left=3)
+
+
 def cpu_decode() -> str:
     """Region: a decode step of one layer on a CPU."""
     data = read(DECODE)
@@ -428,20 +487,27 @@ def crossover() -> str:
 def commands() -> str:
     """Region: the commands with their options."""
     parts = []
-    for command in app.registered_commands:
+    grouped = [
+        (f"{group.name} ", command)
+        for group in app.registered_groups
+        for command in group.typer_instance.registered_commands
+    ]
+    for prefix, command in [*(("", command) for command in app.registered_commands), *grouped]:
         callback = command.callback
         assert callback is not None
         hints = typing.get_type_hints(callback, include_extras=True)
         rows = []
         for name, parameter in inspect.signature(callback).parameters.items():
             hint = hints[name]
+            if hint is Context:
+                continue
             if not hasattr(hint, "__metadata__"):  # Python 3.10 wraps an option that defaults to None.
                 hint = typing.get_args(hint)[0]
             kind, option = typing.get_args(hint)
             given = [text for text in (option.default, *(option.param_decls or ())) if isinstance(text, str)]
             spelled = given or [f"--{name.replace('_', '-')}"]
             rows.append([", ".join(f"`{s}`" for s in spelled), _kind(kind), _default(parameter.default), option.help])
-        parts.append(f"## sketch-walk {callback.__name__}\n\n{inspect.getdoc(callback)}")
+        parts.append(f"## sketch-walk {prefix}{callback.__name__}\n\n{inspect.getdoc(callback)}")
         if rows:
             parts.append(table(("option", "value", "default", "meaning"), rows, left=4))
     return "\n\n".join(parts)
@@ -464,6 +530,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "quality-setting": quality_setting,
     "quality-triton": quality_triton,
     "gpu-layer": gpu_layer,
+    "gpu-memory": gpu_memory,
     "cpu-decode": cpu_decode,
     "walk-finding": walk_finding,
     "knobs": knobs,

@@ -38,7 +38,8 @@ ALLOWED = {
     "complexity": {"config"},
     "plots": {"extras"},
     "evaluation": {"config", "extras", "kernels", "layout", "selection", "attention", "integrations"},
-    "cli": {"config", "extras", "kernels", "integrations", "complexity", "evaluation", "plots"},
+    "bench": BELOW_ATTENTION | {"attention", "extras", "integrations"},
+    "cli": {"config", "extras", "kernels", "integrations", "complexity", "evaluation", "bench", "plots"},
 }
 
 

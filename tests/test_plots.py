@@ -15,6 +15,8 @@ from sketch_walk.plots import (
     plot_needle_heat_map,
     plot_quality_against_density,
     plot_speed_against_length,
+    plot_speed_up_against_length,
+    plot_stage_breakdown,
     selection_grid,
 )
 
@@ -91,3 +93,26 @@ def test_lines_refuse(tmp_path: Path) -> None:
         plot_speed_against_length(tmp_path / "speed.png", {})
     with pytest.raises(ValueError, match="curve 'walk' has 2 x and 1 y values"):
         plot_quality_against_density(tmp_path / "quality.png", {"walk": Curve([0.1, 0.2], [0.8])})
+
+
+def test_speed_up(tmp_path: Path) -> None:
+    curves = {"auto, density 0.2": Curve([1024, 8192], [0.8, 2.5]), "auto, density 0.05": Curve([1024, 8192], [0.9, 6])}
+    plot_speed_up_against_length(tmp_path / "deep" / "up.png", curves, over="SDPA flash", xlabel="cached tokens")
+    assert share_of(tmp_path / "deep" / "up.png", BLUE) > 0
+    assert share_of(tmp_path / "deep" / "up.png", RED) > 0
+    with pytest.raises(ValueError, match="curves must hold at least one line"):
+        plot_speed_up_against_length(tmp_path / "up.png", {}, over="SDPA flash")
+
+
+def test_stage_breakdown(tmp_path: Path) -> None:
+    """A stage's color covers its share: three times the milliseconds, three times the pixels."""
+    bars = {"8K": {"scores": 9.0, "attend": 3.0}, "64K": {"scores": 3.0, "attend": 1.0}}
+    plot_stage_breakdown(tmp_path / "stages.png", bars, title="Stages")
+    ratio = share_of(tmp_path / "stages.png", BLUE) / share_of(tmp_path / "stages.png", RED)
+    assert 2.5 < ratio < 3.5
+
+
+@pytest.mark.parametrize("bars", [{}, {"8K": {}}, {"8K": {"scores": 1.0}, "64K": {"attend": 1.0}}])
+def test_stage_breakdown_refuses(tmp_path: Path, bars: dict[str, dict[str, float]]) -> None:
+    with pytest.raises(ValueError, match="bars must hold at least one bar, all of the same stages"):
+        plot_stage_breakdown(tmp_path / "stages.png", bars)

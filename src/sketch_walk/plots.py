@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 READ, SKIPPED, FUTURE = "#1f5fa8", "#dfe7f1", "#ffffff"
 NEEDLE = "#d1495b"
-SERIES = ("#1f5fa8", "#d1495b", "#2a9d6f", "#e9a13b", "#7b5ea7", "#5c6770")
+SERIES = ("#1f5fa8", "#d1495b", "#2a9d6f", "#e9a13b", "#7b5ea7", "#5c6770", "#57a0c9", "#9c6b4e")
 INK = "#2b2f36"
 
 
@@ -210,15 +210,95 @@ def plot_speed_against_length(
         If `curves` is empty or a curve's lengths differ.
     """
     figure, axis = _line_figure(curves, title)
+    _length_axis(axis, curves, "prompt tokens")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel(ylabel)
+    axis.legend(frameon=False)
+    _write(figure, path)
+
+
+def plot_speed_up_against_length(
+    path: str | os.PathLike[str],
+    curves: Mapping[str, Curve],
+    *,
+    over: str,
+    xlabel: str = "prompt tokens",
+    title: str = "Speed-up against length",
+) -> None:
+    """Draw how many times faster (y) than `over` a method is over the length (x, logarithmic), and write a PNG.
+
+    Parameters
+    ----------
+    path : str or path
+        File to write; its folder is made.
+    curves : mapping of str to Curve
+        By method; its density belongs in its name.
+    over : str
+        What is divided by, drawn as the level 1.
+    xlabel, title : str
+
+    Raises
+    ------
+    ValueError
+        If `curves` is empty or a curve's lengths differ.
+    """
+    figure, axis = _line_figure(curves, title)
+    _length_axis(axis, curves, xlabel)
+    axis.axhline(1, color=INK, linewidth=1.2, linestyle="--", label=over)
+    axis.set_ylim(bottom=0)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axis.set_ylabel(f"times faster than {over}")
+    axis.legend(frameon=False, fontsize=8)
+    _write(figure, path)
+
+
+def plot_stage_breakdown(
+    path: str | os.PathLike[str],
+    bars: Mapping[str, Mapping[str, float]],
+    *,
+    title: str = "Where the time of a layer goes",
+) -> None:
+    """Draw one stacked bar a name, its parts in milliseconds, and write a PNG.
+
+    Parameters
+    ----------
+    path : str or path
+        File to write; its folder is made.
+    bars : mapping of str to mapping of str to float
+        Milliseconds by stage; every bar has the same stages in the same order.
+    title : str
+
+    Raises
+    ------
+    ValueError
+        If `bars` is empty, or the stages of two bars differ.
+    """
+    stages = list(next(iter(bars.values()), {}))
+    if not stages or any(list(parts) != stages for parts in bars.values()):
+        raise ValueError("bars must hold at least one bar, all of the same stages")
+    figure, (axis,) = _figure(1, 1, width=7.2, height=1.6 + 0.42 * len(bars))
+    left = [0.0] * len(bars)
+    for i, stage in enumerate(stages):
+        widths = [parts[stage] for parts in bars.values()]
+        axis.barh(range(len(bars)), widths, left=left, height=0.68, color=SERIES[i % len(SERIES)], label=stage)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.set_yticks(range(len(bars)), list(bars))
+    axis.invert_yaxis()
+    axis.set_xlabel("milliseconds")
+    axis.set_title(title)
+    axis.grid(axis="x", color="#e6e8eb")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(4, len(stages)), frameon=False)
+    _write(figure, path)
+
+
+def _length_axis(axis: Any, curves: Mapping[str, Curve], label: str) -> None:
     axis.set_xscale("log", base=2)
     ticks = sorted({int(x) for curve in curves.values() for x in curve.x})
     axis.set_xticks(ticks, [f"{tick // 1024}K" if tick % 1024 == 0 else f"{tick:,}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("prompt tokens")
-    axis.set_ylabel(ylabel)
-    axis.legend(frameon=False)
-    _write(figure, path)
+    axis.set_xlabel(label)
 
 
 def plot_recall_by_layer(

@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require("rich", "eval")
         from sketch_walk.cli.app import app
 
-        app(arguments, prog_name="sketch-walk")
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        app(given, prog_name="sketch-walk", obj=given)
     except (ImportError, OSError, TypeError, ValueError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"sketch-walk: {message}", file=sys.stderr)

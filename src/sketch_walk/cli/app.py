@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sketch_walk.cli import bench
 from sketch_walk.cli.settings import make_config
 from sketch_walk.complexity import ModelShape
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="Hub id, folder or .gguf file. Default: the embedded SmolLM2.")

@@ -32,3 +32,44 @@ def make_config(
     }
     given = {name: value for name, value in changes.items() if value is not None}
     return SketchWalkConfig.preset(preset or "default", **given)
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """``"a, b"`` -> ``("a", "b")``."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def parse_tokens(name: str, text: str) -> tuple[int, ...]:
+    """``"512,8K"`` -> ``(512, 8192)``.
+
+    Raises
+    ------
+    ValueError
+        If nothing is there or something is no whole number, with or without a K for 1,024.
+    """
+    numbers = []
+    for part in parse_list(text):
+        digits = part[:-1] if part[-1] in "kK" else part
+        if not digits.isdigit():
+            raise ValueError(f"{name} must be numbers such as 512,8K, got {text!r}")
+        numbers.append(int(digits) * (1 if digits is part else 1024))
+    if not numbers:
+        raise ValueError(f"{name} must be numbers such as 512,8K, got {text!r}")
+    return tuple(numbers)
+
+
+def parse_numbers(name: str, text: str) -> tuple[float, ...]:
+    """``"0.2,0.05"`` -> ``(0.2, 0.05)``.
+
+    Raises
+    ------
+    ValueError
+        If nothing is there or something is no number.
+    """
+    try:
+        numbers = tuple(float(part) for part in parse_list(text))
+    except ValueError:
+        numbers = ()
+    if not numbers:
+        raise ValueError(f"{name} must be numbers such as 0.2,0.05, got {text!r}")
+    return numbers
