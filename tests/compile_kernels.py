@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sketch_walk.kernels import triton_attention, triton_scores
+from sketch_walk.kernels import triton_backward, triton_decode, triton_prefill, triton_scores
+from sketch_walk.kernels.triton_tiles import Device
+
+
+class Target(NamedTuple):
+    """A GPU, and what its launches may take."""
+
+    gpu: GPUTarget
+    device: Device
+
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), Device(108, 166912)),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), Device(142, 101376)),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), Device(132, 232448)),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), Device(304, 65536)),
 }
 POINTERS = {
-    "query": "*bf16", "key": "*bf16", "value": "*bf16", "output": "*bf16", "indices": "*i32", "counts": "*i32",
-    "past": "*i64", "length": "*i64", "query_index": "*i64", "key_index": "*i64",
-    "queries": "*fp16", "last_rank": "*i64", "codes": "*i8", "scales": "*fp32",
-    "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32",
+    "query": "*bf16", "key": "*bf16", "value": "*bf16", "output": "*bf16", "grad": "*bf16", "query_grad": "*bf16",
+    "key_grad": "*bf16", "value_grad": "*bf16", "indices": "*i32", "counts": "*i32", "rows": "*i32", "starts": "*i32",
+    "past": "*i64", "length": "*i64", "query_index": "*i64", "key_index": "*i64", "table": "*i32",
+    "queries": "*fp16", "last_rank": "*i64", "codes": "*i8", "scales": "*fp32", "lse": "*fp32", "delta": "*fp32",
+    "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32", "scale": "fp32",
 }  # fmt: skip
-PREFILL = {
-    "GROUP": 4, "TILE_HEADS": 2, "BLOCK": 64, "KEYS": 64, "HEAD_DIM": 128, "PADDED_DIM": 128, "PER_HEAD": False,
-    "INDEXED": False, "WIDEN": False,
-}  # fmt: skip
-DECODE = {
-    "GROUP": 4, "LANES": 16, "BLOCK": 64, "BLOCKS": 4, "HEAD_DIM": 128, "PADDED_DIM": 128, "PER_HEAD": False,
-    "INDEXED": False, "WIDEN": False,
+STRIDES = {f"{x}_{axis}" for x in "qkvo" for axis in ("batch", "head", "token", "page")}
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64
+SHAPE = {
+    "GROUP": HEADS // KV_HEADS, "BLOCK": BLOCK, "HEAD_DIM": HEAD_DIM, "PADDED_DIM": HEAD_DIM, "PER_HEAD": False,
+    "WIDEN": False,
 }  # fmt: skip
 SCORES = {
     "GROUP": 4, "TILE_HEADS": 4, "SUBS": 16, "ROWS": 64, "KEYS": 128, "PER_BLOCK": 16, "KEY_SUB": 4, "WIDTH": 128,
@@ -36,30 +45,82 @@ SCORES = {
 }  # fmt: skip
 
 
-def compile_for(kernel: triton.JITFunction, constants: dict[str, object], target: GPUTarget, padded: bool) -> int:
-    """Bytes of machine code."""
-    if "INDEXED" in constants:
-        constants = {**constants, "INDEXED": padded}
-    signature, values = {}, {}
+def compile_for(
+    kernel: triton.JITFunction,
+    constants: dict[str, object],
+    target: Target,
+    warps: int = 4,
+    stages: int = 2,
+    **options: object,
+) -> int:
+    """Bytes of machine code; fails if a program takes more shared memory than the GPU has."""
+    signature, values, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[(position,)] = "constexpr", constants[name]
-        elif name in ("query_index", "key_index") and not padded:
-            signature[name], values[(position,)] = "constexpr", None
         else:
             signature[name] = POINTERS.get(name, "i32")
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    compiled = triton.compile(
-        source, target=target, options={"num_warps": 8 if "INDEXED" in constants and "TILE_HEADS" in constants else 4}
-    )
-    return len(compiled.asm["hsaco" if target.backend == "hip" else "cubin"])
+        # As at run time: addresses, and strides of rows of 128 elements, are multiples of 16.
+        if str(signature[name]).startswith("*") or name in STRIDES:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    options |= {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=target.gpu, options=options)
+    shared = compiled.metadata.shared
+    assert shared <= target.device.shared_bytes, f"{kernel.__name__} takes {shared} bytes of {target.device}"
+    return len(compiled.asm["hsaco" if target.gpu.backend == "hip" else "cubin"])
+
+
+def prefill(target: Target, padded: bool) -> int:
+    """The forward kernel; the padded one stores what the backward kernels need."""
+    launch = triton_prefill.prefill_launch(HEADS, KV_HEADS, BLOCK, HEAD_DIM, 2, target.device)
+    constants = {
+        **SHAPE, "TILE_HEADS": launch.tile_heads, "KEYS": launch.keys, "NEIGHBOURS": launch.neighbours,
+        "STAGES": launch.num_stages, "WIDE": launch.wide, "PREFETCH": launch.prefetch, "INDEXED": padded,
+        "DESCRIPTORS": False, "STORE_LSE": padded, "key_blocks": None, "value_blocks": None,
+    }  # fmt: skip
+    constants |= {} if padded else {"lse": None, "query_index": None, "key_index": None}
+    return compile_for(triton_prefill._prefill, constants, target, launch.num_warps, launch.num_stages)
+
+
+def backward(target: Target) -> int:
+    """Both backward kernels, for a padded batch."""
+    launch = triton_backward.backward_launch(HEADS, KV_HEADS, BLOCK, HEAD_DIM, 2)
+    constants = {
+        **SHAPE, "TILE_HEADS": launch.tile_heads, "KEYS": launch.keys, "QUERIES": launch.keys, "INDEXED": True,
+    }  # fmt: skip
+    kernels = (triton_backward._query_gradient, triton_backward._key_gradient)
+    sizes = []
+    for kernel in kernels:
+        own = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        sizes.append(compile_for(kernel, own, target, launch.num_warps, launch.num_stages))
+    return sum(sizes)
+
+
+def decode(target: Target, padded: bool) -> int:
+    """Split and merge; the padded one reads a paged cache."""
+    page = 16 if padded else 0
+    launch = triton_decode.decode_launch(8, KV_HEADS, 205, BLOCK, HEAD_DIM, 2, target.device, page)
+    constants = {
+        **SHAPE, "LANES": 16, "BLOCKS": launch.blocks, "KEYS": launch.keys, "PAGE": page,
+        "WHOLE": False, "STAGES": launch.num_stages,
+        **({} if padded else {"table": None}),
+    }  # fmt: skip
+    split = compile_for(triton_decode._decode, constants, target, launch.num_warps, launch.num_stages)
+    shared = {name: part for name, part in constants.items() if name in triton_decode._merge.arg_names}
+    return split + compile_for(triton_decode._merge, {**shared, "MERGED": triton_decode.MERGED}, target)
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or TARGETS:
+        target = TARGETS[name]
         for padded in (False, True):
-            prefill = compile_for(triton_attention._prefill, PREFILL, TARGETS[name], padded)
-            decode = compile_for(triton_attention._decode, DECODE, TARGETS[name], padded)
-            scores = compile_for(triton_scores._scores, {**SCORES, "MEAN": padded}, TARGETS[name], padded)
-            assert min(prefill, decode, scores) > 0
-            print(f"{name} padded={padded}: prefill {prefill}, decode {decode}, scores {scores} bytes")
+            sizes = {
+                "prefill": prefill(target, padded),
+                "decode": decode(target, padded),
+                "scores": compile_for(triton_scores._scores, {**SCORES, "MEAN": padded}, target),
+            }
+            if padded:
+                sizes["backward"] = backward(target)
+            assert min(sizes.values()) > 0
+            print(f"{name} padded={padded}: {sizes} bytes")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +18,19 @@ from torch import Tensor
 from sketch_walk import SketchWalkAttention, create_sketch_walk_config, kernels, sketch_walk_attention
 from sketch_walk.extras import MissingExtraError
 from sketch_walk.kernels import attend, available, check_impl
+from sketch_walk.kernels.reference import attend_selected as attend_reference
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.scoring import absorb_call, absorb_keys, call_scores
 from sketch_walk.state import LayerSketch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = available()["triton"]
+if importlib.util.find_spec("triton") is not None:
+    from sketch_walk.kernels.triton_attention import attend_paged
+    from sketch_walk.kernels.triton_backward import rows_that_read
+    from sketch_walk.kernels.triton_decode import DecodeLaunch, decode, decode_launch
+    from sketch_walk.kernels.triton_prefill import prefill, prefill_launch
+    from sketch_walk.kernels.triton_tiles import Device, device_of
 runs = pytest.mark.skipif(REASON is not None, reason=f"triton cannot run: {REASON}")
 # Largest difference from the reference, for outputs of order 1: the rounding of one result in that dtype.
 ERROR = {torch.float32: 1e-5 if DEVICE == "cpu" else 5e-3, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -132,17 +143,317 @@ def test_an_explicit_choice_never_falls_back(changes: dict[str, object], dtype: 
     assert sketch_walk_attention(query.to(dtype), key.to(dtype), value.to(dtype), config).impl == "reference"
 
 
+# Cuts of a prefill of block 32 and group 4: what each of them changes beside the default.
+LAUNCHES = [
+    {"tile_heads": 1, "neighbours": 4},
+    {"tile_heads": 4, "neighbours": 1},
+    {"tile_heads": 2, "neighbours": 4},
+    {"keys": 16},
+    {"keys": 64},
+    {"keys": 64, "prefetch": False},
+    {"prefetch": False, "wide": True},
+    {"descriptors": True},
+    {"descriptors": True, "keys": 16},
+]
+
+
 @runs
-def test_gradients_are_the_references_alone() -> None:
-    query, key, value, _ = inputs(1, 2, 1, 64, 0, 32, None, torch.float32)
-    query.requires_grad_()
+@pytest.mark.parametrize("dim", [64, 48])
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("changes", LAUNCHES, ids=str)
+def test_how_a_prefill_is_cut_does_not_matter(changes: dict[str, Any], padding: str | None, dim: int) -> None:
+    if "descriptors" in changes:
+        pytest.importorskip("triton.tools.tensor_descriptor")
+        if padding is not None:
+            pytest.skip("blocks of a padded batch are not adjacent")
+    query, key, value, layout = inputs(2, 8, 2, 90, 50, dim, padding, torch.float32)
+    config = create_sketch_walk_config(block_size=32, density=0.8)
+    expected = sketch_walk_attention(query, key, value, config, layout=layout, impl="reference")
+    selection = expected.selection.per_head()
+    launch = replace(prefill_launch(8, 2, 32, dim, 4, device_of(query.device)), **changes)
+    actual = prefill(query, key, value, selection.indices, selection.counts, layout, 32, dim**-0.5, launch=launch)
+    torch.testing.assert_close(actual, expected.output, atol=ERROR[torch.float32], rtol=0)
+
+
+@runs
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize(("blocks", "keys"), [(1, 16), (1, 32), (2, 32), (2, 64), (4, 128), (8, 64), (16, 32)])
+def test_how_a_decode_step_is_cut_does_not_matter(blocks: int, keys: int, padding: str | None) -> None:
+    query, key, value, layout = inputs(2, 6, 2, 1, 390, 48, padding, torch.float32)
+    config = create_sketch_walk_config(block_size=32, density=0.7)
+    expected = sketch_walk_attention(query, key, value, config, layout=layout, impl="reference")
+    selection = expected.selection.per_head()
+    actual = decode(
+        query,
+        key,
+        value,
+        selection.indices,
+        selection.counts,
+        layout.length,
+        32,
+        48**-0.5,
+        table=layout.key_index,
+        launch=DecodeLaunch(blocks, keys),
+    )
+    torch.testing.assert_close(actual, expected.output, atol=ERROR[torch.float32], rtol=0)
+
+
+def test_few_sequences_are_split_further() -> None:
+    """Programs fill the GPU at batch 1, and a split is as long as that allows."""
+    gpu = Device(132, 232448)
+    launches = {batch: decode_launch(batch, 8, 205, 64, 128, 2, gpu) for batch in (1, 8, 64)}
+    assert [launches[batch].blocks for batch in (1, 8, 64)] == [4, 16, 16]
+    assert decode_launch(1, 1, 3, 64, 128, 2, gpu).blocks == 1
+    for batch, launch in launches.items():
+        assert batch * 8 * -(-205 // launch.blocks) >= 2 * gpu.processors
+        assert 2 * launch.num_stages * launch.keys * 128 * 2 <= gpu.shared_bytes // 2
+
+
+def page_cache(x: Tensor, page_size: int, table: Tensor, spare: int) -> Tensor:
+    """(batch, kv_heads, tokens, dim) in pages as `table` says, two caches interleaved, NaN in what no page holds."""
+    batch, kv_heads, _, dim = x.shape
+    pages = torch.full((table.numel() + spare, 2, page_size, kv_heads, dim), torch.nan, dtype=x.dtype, device=x.device)
+    for sequence in range(batch):
+        for number, page in enumerate(table[sequence].tolist()):
+            rows = x[sequence, :, number * page_size : (number + 1) * page_size].transpose(0, 1)
+            pages[page, 0, : rows.shape[0]] = rows
+    return pages[:, 0]
+
+
+@runs
+@pytest.mark.parametrize("selections", [1, 2])
+@pytest.mark.parametrize(("page_size", "block"), [(16, 32), (64, 32), (32, 32), (48, 16), (128, 64), (1, 16)])
+def test_a_paged_cache_gives_what_a_contiguous_one_does(page_size: int, block: int, selections: int) -> None:
+    lengths, dim, dtype = [200, 77, 9], 40, torch.float32
+    query, key, value, _ = inputs(3, 4, 2, 1, 199, dim, None, dtype)
+    valid = torch.arange(200, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
+    generator = torch.Generator().manual_seed(page_size)
+    max_pages = -(-200 // page_size)
+    table = torch.randperm(3 * max_pages, generator=generator).view(3, -1).to(DEVICE, torch.int32)
+    indices = torch.full((3, selections, 1, 5), -1, dtype=torch.int32, device=DEVICE)
+    counts = torch.zeros(3, selections, 1, dtype=torch.int32, device=DEVICE)
+    expected = torch.empty_like(query)
+    for sequence, length in enumerate(lengths):
+        blocks = -(-length // block)
+        for selection in range(selections):
+            chosen = torch.randperm(blocks - 1, generator=generator)[:4].sort().values
+            picked = [*chosen.tolist(), blocks - 1]
+            indices[sequence, selection, 0, : len(picked)] = torch.tensor(picked, dtype=torch.int32)
+            counts[sequence, selection, 0] = len(picked)
+        own = slice(sequence, sequence + 1)
+        expected[own] = attend_reference(
+            query[own],
+            key[own, :, :length],
+            value[own, :, :length],
+            indices[own],
+            counts[own],
+            make_layout(1, 1, length, query.device),
+            block_size=block,
+            scale=0.2,
+        )
+    pages = [page_cache(x.masked_fill(~valid[:, None, :, None], torch.nan), page_size, table, 2) for x in (key, value)]
+    # Entries behind a sequence's last page are whatever was left there.
+    used = -(-torch.tensor(lengths, device=DEVICE) // page_size)
+    table[torch.arange(max_pages, device=DEVICE) >= used[:, None]] = -1
+    length = torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
+    actual = attend_paged(query, *pages, table, indices, counts, length, block, 0.2)
+    torch.testing.assert_close(actual, expected, atol=ERROR[dtype], rtol=0)
+    counts[1] = 0
+    without = attend_paged(query, *pages, table, indices, counts, length, block, 0.2)
+    assert (without[1] == 0).all()
+    assert torch.equal(without[[0, 2]], actual[[0, 2]])
+
+
+@runs
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("query", lambda x: x.expand(-1, -1, 2, -1), "query must have the shape"),
+        ("query", lambda x: x[:, :3], "query must have a multiple of the 2 heads of key_cache, got 3"),
+        ("value_cache", lambda x: x[..., :16], "key_cache and value_cache"),
+        ("block_table", lambda x: x[:1], "block_table must be contiguous"),
+        ("indices", lambda x: x[:, 0], "indices must have the shape"),
+        ("counts", lambda x: x[:1], "counts must have the shape"),
+        ("lengths", lambda x: x[:1], "lengths must have the shape"),
+        ("block_size", lambda x: 24, "block_size 24 is not one of"),
+        ("key_cache", lambda x: x.half(), "must have one dtype"),
+    ],
+)
+def test_a_paged_call_is_checked(name: str, change: Callable[[Any], Any], reason: str) -> None:
+    arguments: dict[str, Any] = {
+        "query": torch.zeros(2, 4, 1, 32, device=DEVICE),
+        "key_cache": torch.zeros(8, 16, 2, 32, device=DEVICE),
+        "value_cache": torch.zeros(8, 16, 2, 32, device=DEVICE),
+        "block_table": torch.zeros(2, 4, dtype=torch.int32, device=DEVICE),
+        "indices": torch.zeros(2, 1, 1, 1, dtype=torch.int32, device=DEVICE),
+        "counts": torch.ones(2, 1, 1, dtype=torch.int32, device=DEVICE),
+        "lengths": torch.full((2,), 10, device=DEVICE),
+        "block_size": 16,
+        "scale": 1.0,
+    }
+    attend_paged(**arguments)
+    with pytest.raises(ValueError, match=reason):
+        attend_paged(**{**arguments, name: change(arguments[name])})
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("page_size", [None, 16, 64])
+def test_a_decode_step_is_captured_in_a_graph(page_size: int | None) -> None:
+    """Replays follow what the tensors hold by then: other queries, other selections, longer sequences."""
+    query, key, value, layout = inputs(2, 8, 2, 1, 999, 64, None, torch.float16)
+    length = layout.length.clone()
+    indices = torch.tensor([[0, 3, 9, -1], [0, 2, 5, 9]], dtype=torch.int32, device=DEVICE).view(2, 1, 1, 4)
+    counts = torch.tensor([3, 4], dtype=torch.int32, device=DEVICE).view(2, 1, 1)
+    table, pages = None, []
+    if page_size is not None:
+        table = torch.randperm(2 * -(-1000 // page_size)).view(2, -1).to(DEVICE, torch.int32)
+        pages = [page_cache(x, page_size, table, 0) for x in (key, value)]
+
+    def step() -> Tensor:
+        if table is None:
+            return decode(query, key, value, indices, counts, length, 64, 0.125)
+        return attend_paged(query, pages[0], pages[1], table, indices, counts, length, 64, 0.125)
+
+    length.fill_(620)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    graph.replay()
+    torch.testing.assert_close(output, step(), atol=0, rtol=0)
+    query.normal_()
+    length.fill_(1000)
+    indices[:, 0, 0] = torch.tensor([[0, 3, 9, 15], [7, 15, -1, -1]], dtype=torch.int32, device=DEVICE)
+    counts[:, 0, 0] = torch.tensor([4, 2], dtype=torch.int32, device=DEVICE)
+    graph.replay()
+    torch.testing.assert_close(output, step(), atol=0, rtol=0)
+    exact = attend_reference(
+        query.float(), key.float(), value.float(), indices, counts, layout, block_size=64, scale=0.125
+    )
+    torch.testing.assert_close(output.float(), exact, atol=ERROR[torch.float16], rtol=0)
+
+
+# batch, heads, kv_heads, new tokens, past tokens, head_dim, block, padding, head_mode, dtype
+GRADIENT_CASES = [
+    (2, 4, 2, 111, 0, 32, 32, None, "shared", torch.float32),
+    (1, 6, 2, 63, 70, 80, 32, None, "per_kv_head", torch.float32),
+    (2, 3, 3, 90, 0, 64, 64, "left", "shared", torch.float32),
+    (2, 4, 2, 40, 33, 32, 128, "right", "shared", torch.float32),
+    (1, 5, 1, 150, 0, 96, 64, None, "shared", torch.float32),
+    (2, 4, 1, 70, 30, 32, 16, "left", "per_kv_head", torch.float32),
+    (1, 2, 1, 40, 0, 256, 32, None, "shared", torch.float32),
+    (2, 4, 1, 1, 100, 32, 32, "left", "shared", torch.float32),
+    (1, 4, 2, 111, 0, 128, 64, None, "shared", torch.bfloat16),
+    (1, 4, 2, 111, 20, 64, 32, "right", "per_kv_head", torch.float16),
+]
+# Largest difference of a gradient, as a share of the reference's largest: the rounding of weights and outputs.
+GRADIENT_ERROR = {torch.float32: 1e-4 if DEVICE == "cpu" else 5e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@runs
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: "-".join(str(part) for part in case))
+def test_gradients_are_the_references(
+    case: tuple[int, int, int, int, int, int, int, str, str, torch.dtype],
+) -> None:
+    batch, heads, kv_heads, new, past, dim, block, padding, head_mode, dtype = case
+    query, key, value, layout = inputs(batch, heads, kv_heads, new, past, dim, padding, dtype)
+    config = create_sketch_walk_config(block_size=block, density=0.5, head_mode=head_mode)
+    selection = sketch_walk_attention(query, key, value, config, layout=layout, impl="reference").selection.per_head()
+    upstream = torch.randn(query.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def gradients(impl: str, kind: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        # The reference multiplies padding by zero weights, so it may not hold NaN there.
+        tensors = [x.nan_to_num() if impl == "reference" else x for x in (query, key, value)]
+        tensors = [x.to(kind).detach().requires_grad_() for x in tensors]
+        output, name = attend(
+            *tensors, selection.indices, selection.counts, layout, block_size=block, scale=dim**-0.5, impl=impl
+        )
+        assert name == impl
+        output.backward(upstream.to(kind))
+        return output, [x.grad for x in tensors if x.grad is not None]
+
+    output, actual = gradients("triton", dtype)
+    exact, expected = gradients("reference", torch.float32)
+    torch.testing.assert_close(output.float(), exact, atol=ERROR[dtype], rtol=0)
+    for own, wanted in zip(actual, expected, strict=True):
+        assert own.dtype == dtype
+        assert own.shape == wanted.shape
+        bound = GRADIENT_ERROR[dtype] * wanted.abs().max().item()
+        torch.testing.assert_close(own.float(), wanted, atol=bound, rtol=0)
+    key_rank, query_rank = layout.ranks()
+    for own, rank in zip(actual, (query_rank, key_rank, key_rank), strict=True):
+        assert (own.transpose(1, 2)[rank < 0] == 0).all()
+
+
+@runs
+def test_keys_that_no_query_reads_get_no_gradient() -> None:
+    tensors = [x.requires_grad_() for x in inputs(1, 4, 2, 128, 0, 32, None, torch.float32)[:3]]
+    layout = make_layout(1, 128, 128, tensors[0].device)
+    indices = torch.tensor([[[[0, -1], [0, 1], [0, 2], [1, 3]]]], dtype=torch.int32, device=DEVICE)
+    # Row 2 does not exist here: nothing reads block 2.
+    counts = torch.tensor([[[1, 2, 0, 2]]], dtype=torch.int32, device=DEVICE)
+    output, _ = attend(*tensors, indices, counts, layout, block_size=32, scale=0.2, impl="triton")
+    output[:, :, [*range(64), *range(96, 128)]].sum().backward()
+    for x in tensors[1:]:
+        assert x.grad is not None
+        assert (x.grad[:, :, 64:96] == 0).all()
+        assert (x.grad[:, :, :64] != 0).any(-1).all()
+
+
+@runs
+def test_gradients_reach_through_a_whole_call() -> None:
+    query, key, value, _ = inputs(2, 4, 2, 100, 0, 32, None, torch.float32)
     config = create_sketch_walk_config(block_size=32, top_k_blocks=2)
-    with pytest.raises(ValueError, match="gradients"):
-        sketch_walk_attention(query, key, value, config, impl="triton")
-    output = sketch_walk_attention(query, key, value, config)
-    assert output.impl == "reference"
-    output.output.sum().backward()
-    assert query.grad is not None
+    grads = []
+    for impl in ("triton", "reference"):
+        tensors = [x.clone().requires_grad_() for x in (query, key, value)]
+        output = sketch_walk_attention(*tensors, config, impl=impl)
+        assert output.impl == impl
+        output.output.square().sum().backward()
+        grads.append([x.grad for x in tensors])
+    for own, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(own, wanted, atol=GRADIENT_ERROR[torch.float32] * 10, rtol=0)
+
+
+@runs
+def test_two_backward_passes_give_the_same_bits() -> None:
+    query, key, value, layout = inputs(1, 4, 2, 120, 0, 32, None, torch.float16)
+    config = create_sketch_walk_config(block_size=16, density=0.5)
+    selection = sketch_walk_attention(query, key, value, config, layout=layout, impl="reference").selection.per_head()
+    runs = []
+    for _ in range(2):
+        tensors = [x.clone().requires_grad_() for x in (query, key, value)]
+        output, _ = attend(
+            *tensors, selection.indices, selection.counts, layout, block_size=16, scale=0.2, impl="triton"
+        )
+        output.backward(torch.ones_like(output))
+        runs.append([x.grad for x in tensors])
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+@runs
+@pytest.mark.parametrize("new", [1, 70])
+def test_a_negative_scale_is_one_of_negative_queries(new: int) -> None:
+    query, key, value, layout = inputs(1, 4, 2, new, 40, 32, None, torch.float32)
+    config = create_sketch_walk_config(block_size=32, density=0.7)
+    selection = sketch_walk_attention(query, key, value, config, layout=layout, impl="reference").selection.per_head()
+    shared = (query, key, value, selection.indices, selection.counts, layout)
+    actual, expected = (attend(*shared, block_size=32, scale=-3.0, impl=impl)[0] for impl in ("triton", "reference"))
+    torch.testing.assert_close(actual, expected, atol=ERROR[torch.float32] * 10, rtol=0)
+
+
+@runs
+def test_the_page_table_is_inverted() -> None:
+    indices = torch.tensor([[[[0, -1], [0, 1], [0, 2], [0, 3], [-1, -1]]]], dtype=torch.int32, device=DEVICE)
+    counts = torch.tensor([[[1, 2, 2, 2, 0]]], dtype=torch.int32, device=DEVICE)
+    rows, starts = rows_that_read(indices, counts, 5)
+    assert starts.tolist() == [[[0, 4, 5, 6, 7, 7]]]
+    assert rows[0, 0, :7].tolist() == [0, 1, 2, 3, 1, 2, 3]
 
 
 def test_the_module_takes_the_automatic_choice() -> None:

@@ -1,0 +1,367 @@
+"""Decode in Triton: one query per sequence, split over its selected blocks, from contiguous and from paged caches.
+
+A program reads some of the selected blocks for all heads of a group; a second kernel merges the partial results. Shapes
+depend on nothing on the device, so that a step can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sketch_walk.kernels.triton_tiles import (
+    HIDDEN,
+    LOG2_E,
+    Device,
+    accumulate,
+    device_of,
+    interpreted,
+    load_lanes,
+    padded_dim,
+    product,
+    unsupported,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Int, Shaped
+
+# Programs per multiprocessor below which a step does not fill a GPU.
+PROGRAMS_PER_PROCESSOR = 2
+SPLIT_BLOCKS = (16, 8, 4, 2, 1)
+# Bytes of one tile of keys, and of all tiles in flight: two programs of a 228 KiB multiprocessor then run at once.
+KEY_TILE_BYTES = 16384
+IN_FLIGHT_BYTES = 98304
+# Partial results that are merged at a time.
+MERGED = 64
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """How a decode step is cut into programs; the result does not depend on it.
+
+    Parameters
+    ----------
+    blocks : int
+        Selected blocks of one program, a power of two.
+    keys : int
+        Keys of one step of its loop, a power of two, at most blocks * block_size.
+    num_warps, num_stages : int
+        Of the compiler.
+    """
+
+    blocks: int
+    keys: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def decode_launch(
+    batch: int,
+    kv_heads: int,
+    max_selected: int,
+    block_size: int,
+    head_dim: int,
+    element_size: int,
+    device: Device,
+    page_size: int = 0,
+) -> DecodeLaunch:
+    """The launch for these shapes: the fewest programs that still fill the device."""
+    wanted = PROGRAMS_PER_PROCESSOR * device.processors
+    filling = (n for n in SPLIT_BLOCKS if batch * kv_heads * -(-max_selected // n) >= wanted)
+    blocks = next(filling, 1)
+    row = padded_dim(head_dim) * element_size
+    keys = max(16, min(blocks * block_size, 64, KEY_TILE_BYTES // row))
+    room = min(IN_FLIGHT_BYTES, device.shared_bytes)
+    stages = max(1, min(4, room // (2 * keys * row)))
+    if page_size % keys or keys > block_size:
+        # Addresses that are loaded key by key take two stages of the pipeline before the keys.
+        stages = min(stages + 2, 5)
+    return DecodeLaunch(blocks, keys, num_stages=stages)
+
+
+@triton.jit
+def _block_of(page, slot, last, BLOCK: tl.constexpr):
+    """Numbers of the blocks that selected keys `slot` lie in."""
+    return tl.load(page + slot // BLOCK, mask=slot < last, other=0)
+
+
+@triton.jit
+def _entry_of(table, block, slot, last, end, BLOCK: tl.constexpr, PAGE: tl.constexpr):
+    """Entries of the block table for selected keys `slot`."""
+    rank = block * BLOCK + slot % BLOCK
+    return tl.load(table + rank // PAGE, mask=(slot < last) & (rank < end), other=0)
+
+
+@triton.jit(do_not_specialize=["num_splits", "i_batch", "i_head", "c_batch", "c_head", "t_batch"])
+def _decode(
+    query, key, value, output, partial, peaks, totals, indices, counts, length, table,
+    q_batch, q_head, k_batch, k_head, k_page, k_token, v_batch, v_head, v_page, v_token, o_batch, o_head,
+    i_batch, i_head, c_batch, c_head, t_batch,
+    num_splits, scale_log2,
+    GROUP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, PAGE: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """BLOCKS selected blocks of one sequence, for the heads of one group: an unnormalised partial result.
+
+    Token t stands in row t of a contiguous cache (PAGE 0), else in row t % PAGE of page table[t // PAGE].
+    WHOLE: there is one split, and its result is the output.
+    """
+    split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    selection = kv_head if PER_HEAD else 0
+    count = tl.load(counts + sequence * c_batch + selection * c_head)
+    if (split * BLOCKS >= count) and (not WHOLE):
+        return
+    end = tl.load(length + sequence).to(tl.int32)
+    lane = tl.arange(0, LANES)
+    real = lane < GROUP
+    dim = tl.arange(0, PADDED_DIM)
+    inside = real[:, None] & (dim < HEAD_DIM)[None, :]
+    head = (kv_head * GROUP + lane).to(tl.int64)
+    queries = load_lanes(query, sequence.to(tl.int64) * q_batch + head * q_head, dim, real, HEAD_DIM, WIDEN)
+    key += sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
+    value += sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    page = indices + sequence.to(tl.int64) * i_batch + selection * i_head
+    if PAGE > 0:
+        table += sequence.to(tl.int64) * t_batch
+
+    acc = tl.zeros([LANES, PADDED_DIM], tl.float32)
+    best = tl.full([LANES], HIDDEN, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    column = tl.arange(0, KEYS)
+    first = split * BLOCKS * BLOCK
+    last = tl.minimum(count, (split + 1) * BLOCKS) * BLOCK
+    # What all keys of a step share is loaded one step ahead.
+    ONE_BLOCK: tl.constexpr = KEYS <= BLOCK
+    ONE_PAGE: tl.constexpr = PAGE > 0 and ONE_BLOCK and PAGE % KEYS == 0
+    if ONE_BLOCK:
+        block = _block_of(page, first, last, BLOCK)
+    if ONE_PAGE:
+        entry = _entry_of(table, block, first, last, end, BLOCK, PAGE)
+    for start in tl.range(first, last, KEYS, num_stages=STAGES):
+        slot = start + column
+        if not ONE_BLOCK:
+            block = _block_of(page, slot, last, BLOCK)
+        rank = block * BLOCK + slot % BLOCK
+        seen = (slot < last) & (rank < end)
+        if PAGE > 0:
+            if not ONE_PAGE:
+                entry = _entry_of(table, block, slot, last, end, BLOCK, PAGE)
+            key_at = entry.to(tl.int64) * k_page + (rank % PAGE).to(tl.int64) * k_token
+            value_at = entry.to(tl.int64) * v_page + (rank % PAGE).to(tl.int64) * v_token
+        else:
+            key_at = rank.to(tl.int64) * k_token
+            value_at = rank.to(tl.int64) * v_token
+        if ONE_BLOCK:
+            block = _block_of(page, start + KEYS, last, BLOCK)
+        if ONE_PAGE:
+            entry = _entry_of(table, block, start + KEYS, last, end, BLOCK, PAGE)
+        keys = load_lanes(key, key_at, dim, seen, HEAD_DIM, WIDEN)
+        values = load_lanes(value, value_at, dim, seen, HEAD_DIM, WIDEN)
+        logits = product(queries, tl.trans(keys), WIDEN) * scale_log2
+        acc, best, total = accumulate(acc, best, total, tl.where(seen[None, :], logits, HIDDEN), values, 1.0, WIDEN)
+    if WHOLE:
+        result = acc / tl.where(total > 0, total, 1.0)[:, None]
+        to = sequence.to(tl.int64) * o_batch + head * o_head
+        tl.store(output + to[:, None] + dim[None, :], result.to(output.dtype.element_ty), mask=inside)
+    else:
+        slots = (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + head) * num_splits + split
+        tl.store(partial + slots[:, None] * HEAD_DIM + dim[None, :], acc, mask=inside)
+        tl.store(peaks + slots, best, mask=real)
+        tl.store(totals + slots, total, mask=real)
+
+
+@triton.jit(do_not_specialize=["num_splits", "c_batch", "c_head"])
+def _merge(
+    partial, peaks, totals, output, counts,
+    o_batch, o_head, c_batch, c_head, num_splits,
+    GROUP: tl.constexpr, BLOCKS: tl.constexpr, MERGED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Output of one head of one sequence from the partial results of its splits; 0 where there are none."""
+    head, sequence = tl.program_id(0), tl.program_id(1)
+    selection = head // GROUP if PER_HEAD else 0
+    count = tl.load(counts + sequence * c_batch + selection * c_head)
+    used = (count + BLOCKS - 1) // BLOCKS
+    start = (sequence.to(tl.int64) * tl.num_programs(0) + head) * num_splits
+    dim = tl.arange(0, PADDED_DIM)
+    acc = tl.zeros([PADDED_DIM], tl.float32)
+    best = tl.full([1], HIDDEN, tl.float32)
+    total = tl.zeros([1], tl.float32)
+    for first in tl.range(0, used, MERGED, num_stages=1):
+        split = first + tl.arange(0, MERGED)
+        peak = tl.load(peaks + start + split, mask=split < used, other=HIDDEN)
+        share = tl.load(totals + start + split, mask=split < used, other=0.0)
+        inside = (split < used)[:, None] & (dim < HEAD_DIM)[None, :]
+        parts = tl.load(partial + (start + split)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+        now = tl.maximum(best, tl.max(peak, 0))
+        shrink = tl.exp2(best - now)
+        weight = tl.exp2(peak - now)
+        total = total * shrink + tl.sum(share * weight, 0)
+        acc = acc * shrink + tl.sum(parts * weight[:, None], 0)
+        best = now
+    result = acc / tl.where(total > 0, total, 1.0)
+    to = sequence.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
+    tl.store(output + to + dim, result.to(output.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+def decode(
+    query: Shaped[Tensor, "batch heads 1 head_dim"],
+    key: Tensor,
+    value: Tensor,
+    indices: Int[Tensor, "batch selections 1 max_selected"],
+    counts: Int[Tensor, "batch selections 1"],
+    length: Int[Tensor, " batch"],
+    block_size: int,
+    scale: float,
+    *,
+    table: Int[Tensor, "batch entries"] | None = None,
+    page_size: int = 0,
+    launch: DecodeLaunch | None = None,
+) -> Shaped[Tensor, "batch heads 1 head_dim"]:
+    """One query per sequence over its selected blocks.
+
+    Parameters
+    ----------
+    key, value : torch.Tensor
+        Shape (batch, kv_heads, num_keys, head_dim), or (num_pages, page_size, kv_heads, head_dim) with a `page_size`.
+    table : torch.Tensor, optional
+        Page of every `page_size` tokens; without a `page_size`, the position of every token.
+    launch : DecodeLaunch, optional
+        Default: `decode_launch`.
+    """
+    batch, heads, _, head_dim = query.shape
+    strides: list[int] = []
+    for x in (key, value):
+        first, second, third, _ = x.stride()
+        strides += (0, third, first, second) if page_size else (first, second, third, third)
+    kv_heads = key.shape[2 if page_size else 1]
+    group = heads // kv_heads
+    launch = launch or decode_launch(
+        batch,
+        kv_heads,
+        indices.shape[3],
+        block_size,
+        head_dim,
+        key.element_size(),
+        device_of(query.device),
+        0 if table is None else page_size or 1,
+    )
+    splits = max(1, triton.cdiv(indices.shape[3], launch.blocks))
+    output = torch.empty(batch, heads, 1, head_dim, dtype=query.dtype, device=query.device)
+    partial = peaks = totals = None
+    if splits > 1:
+        partial = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=query.device)
+        peaks, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=query.device)
+    per_head = indices.shape[1] > 1
+    _decode[(splits, kv_heads, batch)](
+        query, key, value, output, partial, peaks, totals, indices, counts, length, table,
+        *query.stride()[:2], *strides, *output.stride()[:2],
+        *indices.stride()[:2], *counts.stride()[:2], 0 if table is None else table.stride(0),
+        splits, scale * LOG2_E,
+        GROUP=group, LANES=max(16, triton.next_power_of_2(group)), BLOCK=block_size, BLOCKS=launch.blocks,
+        KEYS=launch.keys, HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=per_head,
+        PAGE=0 if table is None else page_size or 1, WHOLE=splits == 1, STAGES=launch.num_stages, WIDEN=interpreted(),
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        _merge[(heads, batch)](
+            partial, peaks, totals, output, counts,
+            *output.stride()[:2], *counts.stride()[:2], splits,
+            GROUP=group, BLOCKS=launch.blocks, MERGED=min(MERGED, triton.next_power_of_2(splits)),
+            HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=per_head, num_warps=4,
+        )  # fmt: skip
+    return output
+
+
+def attend_paged(
+    query: Shaped[Tensor, "batch heads 1 head_dim"],
+    key_cache: Shaped[Tensor, "num_pages page_size kv_heads head_dim"],
+    value_cache: Shaped[Tensor, "num_pages page_size kv_heads head_dim"],
+    block_table: Int[Tensor, "batch max_pages"],
+    indices: Int[Tensor, "batch selections 1 max_selected"],
+    counts: Int[Tensor, "batch selections 1"],
+    lengths: Int[Tensor, " batch"],
+    block_size: int,
+    scale: float,
+) -> Shaped[Tensor, "batch heads 1 head_dim"]:
+    """Attention of one query per sequence to selected blocks of a paged cache, as `vllm` keeps it.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        Shape (batch, num_heads, 1, head_dim), after RoPE: the last token of each sequence, already in the cache.
+    key_cache, value_cache : torch.Tensor
+        Shape (num_pages, page_size, num_kv_heads, head_dim), any strides with a contiguous last dimension.
+    block_table : torch.Tensor
+        Shape (batch, max_pages), int32: page t // page_size of a sequence holds its token t. Entries past a
+        sequence's length are never used.
+    indices, counts : torch.Tensor
+        A `BlockSelection` of one row with its head axis (size 1 or num_kv_heads). Its blocks are of tokens, not pages:
+        `page_size` and `block_size` need not agree.
+    lengths : torch.Tensor
+        Shape (batch,), int32 or int64: tokens of each sequence.
+    block_size : int
+        Tokens of a selected block: 16, 32, 64 or 128.
+    scale : float
+        Factor of the logits.
+
+    Returns
+    -------
+    torch.Tensor
+        Like `query`; 0 where `counts` is 0. No host synchronisation: capturable in a CUDA graph.
+
+    Raises
+    ------
+    ValueError
+        For shapes, dtypes or a block size that do not fit; the message names the argument.
+    """
+    _check_paged(query, key_cache, value_cache, block_table, indices, counts, lengths, block_size)
+    page_size = key_cache.shape[1]
+    return decode(
+        query, key_cache, value_cache, indices, counts, lengths, block_size, scale, table=block_table,
+        page_size=page_size,
+    )  # fmt: skip
+
+
+def _check_paged(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    lengths: Tensor,
+    block_size: int,
+) -> None:
+    if query.dim() != 4 or query.shape[2] != 1:
+        raise ValueError(f"query must have the shape (batch, num_heads, 1, head_dim), got {tuple(query.shape)}")
+    batch, heads, _, head_dim = query.shape
+    if key_cache.dim() != 4 or key_cache.shape != value_cache.shape or key_cache.shape[3] != head_dim:
+        raise ValueError(
+            f"key_cache and value_cache must have the shape (num_pages, page_size, num_kv_heads, {head_dim}), "
+            f"got {tuple(key_cache.shape)} and {tuple(value_cache.shape)}"
+        )
+    kv_heads = key_cache.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"query must have a multiple of the {kv_heads} heads of key_cache, got {heads}")
+    if block_table.dim() != 2 or block_table.shape[0] != batch or block_table.stride(1) != 1:
+        raise ValueError(
+            f"block_table must be contiguous, of shape ({batch}, max_pages), got {tuple(block_table.shape)}"
+        )
+    if indices.shape[:3] not in ((batch, 1, 1), (batch, kv_heads, 1)) or indices.dim() != 4:
+        raise ValueError(
+            f"indices must have the shape ({batch}, 1 or {kv_heads}, 1, max_selected), got {tuple(indices.shape)}"
+        )
+    if counts.shape != indices.shape[:3]:
+        raise ValueError(f"counts must have the shape {tuple(indices.shape[:3])}, got {tuple(counts.shape)}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths must have the shape ({batch},), got {tuple(lengths.shape)}")
+    reason = unsupported(query, key_cache, value_cache, block_size)
+    if reason is not None:
+        raise ValueError(reason)

@@ -1,0 +1,123 @@
+"""What the attention kernels share: tiles of rows, one step of the online softmax, and facts about the device.
+
+bfloat16 products are wrong in Triton's interpreter (seen in Triton 3.7 and 3.9), so operands are widened there (WIDEN).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+# Logit of a pair that is masked: finite, so that no difference of two of them is undefined.
+HIDDEN = tl.constexpr(-1.0e30)
+HEAD_DIMS = range(16, 257)
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+class Device(NamedTuple):
+    """What a launch depends on: how many programs fill the GPU, and how much shared memory one of them may take."""
+
+    processors: int
+    shared_bytes: int
+
+
+# The interpreter has no device; launches are then chosen as for a small GPU.
+NO_DEVICE = Device(16, 65536)
+
+
+def device_of(device: torch.device) -> Device:
+    """Facts of the GPU that a tensor lies on."""
+    return NO_DEVICE if device.type == "cpu" else _device(device.index or 0)
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    facts = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Device(facts["multiprocessor_count"], facts["max_shared_mem"])
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def padded_dim(head_dim: int) -> int:
+    """Columns of a tile: a power of two that a matrix unit takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def unsupported(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> str | None:
+    """None if the kernels take these tensors, else the reason why not."""
+    if block_size not in BLOCK_SIZES:
+        return f"block_size {block_size} is not one of {BLOCK_SIZES}"
+    if query.shape[3] not in HEAD_DIMS or value.shape[3] != query.shape[3]:
+        return f"head_dim must be the same for query and value and lie in 16 ... 256, got {query.shape[3]}"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {query.dtype} is none of float16, bfloat16, float32"
+    if any(x.dtype != query.dtype for x in (key, value)):
+        return f"query, key and value must have one dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+    if any(x.stride(3) != 1 for x in (query, key, value)):
+        return "the last dimension of query, key and value must be contiguous"
+    return None
+
+
+@triton.jit
+def load_tile(base, position, stride, dim, real, HEAD_DIM: tl.constexpr, WIDEN: tl.constexpr):
+    """Rows `position` of a (tokens, dim) matrix: [rows, PADDED_DIM], zeros outside."""
+    offsets = position.to(tl.int64)[:, None] * stride + dim[None, :]
+    tile = tl.load(base + offsets, mask=real[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    return tile.to(tl.float32) if WIDEN else tile
+
+
+@triton.jit
+def load_lanes(base, offsets, dim, real, HEAD_DIM: tl.constexpr, WIDEN: tl.constexpr):
+    """Rows that start at `offsets` elements: [rows, PADDED_DIM], zeros outside."""
+    tile = tl.load(base + offsets[:, None] + dim[None, :], mask=real[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    return tile.to(tl.float32) if WIDEN else tile
+
+
+@triton.jit
+def positions(index, sequence, rank, count, size, INDEXED: tl.constexpr):
+    """Where tokens of rank `rank` stand: themselves, or looked up in a (batch, size) table."""
+    if INDEXED:
+        at = tl.load(index + sequence.to(tl.int64) * size + rank, mask=(rank >= 0) & (rank < count), other=0)
+    else:
+        at = rank.to(tl.int64)
+    return at
+
+
+@triton.jit
+def product(left, right, WIDEN: tl.constexpr):
+    """left @ right with float32 accumulation; `left` takes the dtype of `right`."""
+    if WIDEN:
+        return tl.dot(left.to(tl.float32), right, input_precision="ieee")
+    return tl.dot(left.to(right.dtype), right)
+
+
+@triton.jit
+def product_added(left, right, acc, WIDEN: tl.constexpr):
+    """acc + left @ right."""
+    if WIDEN:
+        return tl.dot(left.to(tl.float32), right, acc, input_precision="ieee")
+    return tl.dot(left.to(right.dtype), right, acc)
+
+
+@triton.jit
+def accumulate(acc, best, total, raw, values, scale_log2, WIDEN: tl.constexpr):
+    """One step of the online softmax over unscaled logits [rows, keys] and values [keys, PADDED_DIM].
+
+    `best` is the greatest logit so far in units of log 2. Scaling inside the exponent is one fused multiply-add.
+    """
+    now = tl.maximum(best, tl.max(raw, 1) * scale_log2)
+    shrink = tl.exp2(best - now)
+    weight = tl.exp2(raw * scale_log2 - now[:, None])
+    total = total * shrink + tl.sum(weight, 1)
+    acc = product_added(weight, values, acc * shrink[:, None], WIDEN)
+    return acc, now, total
