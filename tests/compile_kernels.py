@@ -75,8 +75,9 @@ def prefill(target: Target, padded: bool) -> int:
     """The forward kernel; the padded one stores what the backward kernels need."""
     launch = triton_prefill.prefill_launch(HEADS, KV_HEADS, BLOCK, HEAD_DIM, 2, target.device)
     constants = {
-        **SHAPE, "TILE_HEADS": launch.tile_heads, "KEYS": launch.keys, "NEIGHBOURS": launch.neighbours,
-        "STAGES": launch.num_stages, "WIDE": launch.wide, "PREFETCH": launch.prefetch, "INDEXED": padded,
+        **SHAPE, "TILE_HEADS": launch.tile_heads, "QUERIES": launch.queries, "KEYS": launch.keys,
+        "NEIGHBOURS": launch.neighbours, "STAGES": launch.num_stages, "WIDE": launch.wide,
+        "PREFETCH": launch.prefetch, "INDEXED": padded,
         "DESCRIPTORS": False, "STORE_LSE": padded, "key_blocks": None, "value_blocks": None,
     }  # fmt: skip
     constants |= {} if padded else {"lse": None, "query_index": None, "key_index": None}
@@ -87,7 +88,7 @@ def backward(target: Target) -> int:
     """Both backward kernels, for a padded batch."""
     launch = triton_backward.backward_launch(HEADS, KV_HEADS, BLOCK, HEAD_DIM, 2)
     constants = {
-        **SHAPE, "TILE_HEADS": launch.tile_heads, "KEYS": launch.keys, "QUERIES": launch.keys, "INDEXED": True,
+        **SHAPE, "TILE_HEADS": launch.tile_heads, "KEYS": launch.tile, "QUERIES": launch.tile, "INDEXED": True,
     }  # fmt: skip
     kernels = (triton_backward._query_gradient, triton_backward._key_gradient)
     sizes = []

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sketch_walk.kernels.triton_prefill import KEY_TILE_BYTES, prefill
+from sketch_walk.kernels.triton_prefill import prefill
 from sketch_walk.kernels.triton_tiles import (
     LOG2_E,
     interpreted,
@@ -31,8 +31,9 @@ from sketch_walk.layout import Layout
 if TYPE_CHECKING:
     from jaxtyping import Int
 
-# Rows of a tile: three tiles of queries or keys and two of weights are live at once.
+# Rows and bytes of a tile: four tiles of queries or keys and two of weights are live at once.
 TILE_ROWS = 64
+TILE_BYTES = 16384
 
 
 @triton.jit(
@@ -43,12 +44,13 @@ def _query_gradient(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
     i_batch, i_head, i_row, c_batch, c_head,
     num_rows, num_queries, num_keys, scale, scale_log2,
-    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, INDEXED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one query block of TILE_HEADS heads of one group, and delta = sum(grad * output) of its queries."""
-    row = num_rows - 1 - tl.program_id(0)
+    """Gradient of QUERIES queries of TILE_HEADS heads of one group, and their delta = sum(grad * output)."""
+    row = num_rows - 1 - tl.program_id(0) // (BLOCK // QUERIES)
+    part = tl.program_id(0) % (BLOCK // QUERIES)
     tile, sequence = tl.program_id(1), tl.program_id(2)
     head = tile * TILE_HEADS
     kv_head = head // GROUP
@@ -58,9 +60,9 @@ def _query_gradient(
         return
     seen = tl.load(past + sequence).to(tl.int32)
     end = tl.load(length + sequence).to(tl.int32)
-    lane = tl.arange(0, TILE_HEADS * BLOCK)
-    lane_head = (head + lane // BLOCK).to(tl.int64)
-    rank = (seen // BLOCK + row) * BLOCK + lane % BLOCK
+    lane = tl.arange(0, TILE_HEADS * QUERIES)
+    lane_head = (head + lane // QUERIES).to(tl.int64)
+    rank = (seen // BLOCK + row) * BLOCK + part * QUERIES + lane % QUERIES
     real = (rank >= seen) & (rank < end)
     at = positions(query_index, sequence, rank - seen, num_queries, num_queries, INDEXED)
     dim = tl.arange(0, PADDED_DIM)
@@ -77,7 +79,7 @@ def _query_gradient(
     value += sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
     page = indices + sequence.to(tl.int64) * i_batch + selection * i_head + row.to(tl.int64) * i_row
 
-    acc = tl.zeros([TILE_HEADS * BLOCK, PADDED_DIM], tl.float32)
+    acc = tl.zeros([TILE_HEADS * QUERIES, PADDED_DIM], tl.float32)
     column = tl.arange(0, KEYS)
     for step in range(count * (BLOCK // KEYS)):
         key_rank = tl.load(page + step // (BLOCK // KEYS)) * BLOCK + (step % (BLOCK // KEYS)) * KEYS + column
@@ -158,10 +160,10 @@ def _key_gradient(
 
 @dataclass(frozen=True)
 class BackwardLaunch:
-    """How the backward pass is cut into programs: heads of a query tile, keys (and queries of one head) of a step."""
+    """How the backward pass is cut into programs: heads of a query tile, keys and queries of one head of a tile."""
 
     tile_heads: int
-    keys: int
+    tile: int
     num_warps: int
     num_stages: int
 
@@ -169,11 +171,12 @@ class BackwardLaunch:
 def backward_launch(heads: int, kv_heads: int, block_size: int, head_dim: int, element_size: int) -> BackwardLaunch:
     """The launch for these shapes."""
     group, columns = heads // kv_heads, padded_dim(head_dim)
+    rows = min(TILE_ROWS, max(16, TILE_BYTES // (columns * element_size)))
+    tile = min(block_size, rows)
     tile_heads = 1
-    while group % (2 * tile_heads) == 0 and 2 * tile_heads * block_size <= TILE_ROWS:
+    while group % (2 * tile_heads) == 0 and 2 * tile_heads * tile <= rows:
         tile_heads *= 2
-    keys = min(block_size, TILE_ROWS, max(16, KEY_TILE_BYTES // (columns * element_size)))
-    return BackwardLaunch(tile_heads, keys, num_warps=8 if columns >= 128 else 4, num_stages=1)
+    return BackwardLaunch(tile_heads, tile, num_warps=8 if columns >= 128 else 4, num_stages=1)
 
 
 class SelectedAttention(torch.autograd.Function):
@@ -240,12 +243,12 @@ def _gradients(
     delta = torch.empty_like(lse)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3])
     options = {
-        "GROUP": heads // kv_heads, "BLOCK": block_size, "KEYS": launch.keys, "HEAD_DIM": head_dim,
-        "PADDED_DIM": padded_dim(head_dim),
+        "GROUP": heads // kv_heads, "BLOCK": block_size, "KEYS": launch.tile, "QUERIES": launch.tile,
+        "HEAD_DIM": head_dim, "PADDED_DIM": padded_dim(head_dim),
         "PER_HEAD": indices.shape[1] > 1, "INDEXED": layout.query_index is not None, "WIDEN": interpreted(),
         "num_warps": launch.num_warps, "num_stages": launch.num_stages,
     }  # fmt: skip
-    _query_gradient[(indices.shape[2], heads // launch.tile_heads, batch)](
+    _query_gradient[(indices.shape[2] * (block_size // launch.tile), heads // launch.tile_heads, batch)](
         query, key, value, output, grad, lse, delta, query_grad, indices, counts,
         layout.past, layout.length, layout.query_index, layout.key_index,
         *strides, *indices.stride()[:3], *counts.stride()[:2],
@@ -254,10 +257,10 @@ def _gradients(
     )  # fmt: skip
     num_blocks = triton.cdiv(num_keys, block_size)
     rows, starts = rows_that_read(indices, counts, num_blocks)
-    _key_gradient[(num_blocks * (block_size // launch.keys), kv_heads, batch)](
+    _key_gradient[(num_blocks * (block_size // launch.tile), kv_heads, batch)](
         query, key, value, grad, lse, delta, key_grad, value_grad, rows, starts,
         layout.past, layout.length, layout.query_index, layout.key_index,
         *strides, num_queries, num_keys, num_blocks, rows.shape[2], scale, scale * LOG2_E,
-        QUERIES=launch.keys, **options,
+        **options,
     )  # fmt: skip
     return query_grad, key_grad, value_grad

@@ -78,7 +78,7 @@ def decode_launch(
     keys = max(16, min(blocks * block_size, 64, KEY_TILE_BYTES // row))
     room = min(IN_FLIGHT_BYTES, device.shared_bytes)
     stages = max(1, min(4, room // (2 * keys * row)))
-    if page_size % keys or keys > block_size:
+    if (page_size or keys > block_size) and device.shared_bytes >= IN_FLIGHT_BYTES:
         # Addresses that are loaded key by key take two stages of the pipeline before the keys.
         stages = min(stages + 2, 5)
     return DecodeLaunch(blocks, keys, num_stages=stages)
@@ -88,13 +88,6 @@ def decode_launch(
 def _block_of(page, slot, last, BLOCK: tl.constexpr):
     """Numbers of the blocks that selected keys `slot` lie in."""
     return tl.load(page + slot // BLOCK, mask=slot < last, other=0)
-
-
-@triton.jit
-def _entry_of(table, block, slot, last, end, BLOCK: tl.constexpr, PAGE: tl.constexpr):
-    """Entries of the block table for selected keys `slot`."""
-    rank = block * BLOCK + slot % BLOCK
-    return tl.load(table + rank // PAGE, mask=(slot < last) & (rank < end), other=0)
 
 
 @triton.jit(do_not_specialize=["num_splits", "i_batch", "i_head", "c_batch", "c_head", "t_batch"])
@@ -136,13 +129,10 @@ def _decode(
     column = tl.arange(0, KEYS)
     first = split * BLOCKS * BLOCK
     last = tl.minimum(count, (split + 1) * BLOCKS) * BLOCK
-    # What all keys of a step share is loaded one step ahead.
+    # The number of a block that all keys of a step share is loaded one step ahead.
     ONE_BLOCK: tl.constexpr = KEYS <= BLOCK
-    ONE_PAGE: tl.constexpr = PAGE > 0 and ONE_BLOCK and PAGE % KEYS == 0
     if ONE_BLOCK:
         block = _block_of(page, first, last, BLOCK)
-    if ONE_PAGE:
-        entry = _entry_of(table, block, first, last, end, BLOCK, PAGE)
     for start in tl.range(first, last, KEYS, num_stages=STAGES):
         slot = start + column
         if not ONE_BLOCK:
@@ -150,17 +140,14 @@ def _decode(
         rank = block * BLOCK + slot % BLOCK
         seen = (slot < last) & (rank < end)
         if PAGE > 0:
-            if not ONE_PAGE:
-                entry = _entry_of(table, block, slot, last, end, BLOCK, PAGE)
-            key_at = entry.to(tl.int64) * k_page + (rank % PAGE).to(tl.int64) * k_token
-            value_at = entry.to(tl.int64) * v_page + (rank % PAGE).to(tl.int64) * v_token
+            entry = tl.load(table + rank // PAGE, mask=seen, other=0).to(tl.int64)
+            key_at = entry * k_page + (rank % PAGE).to(tl.int64) * k_token
+            value_at = entry * v_page + (rank % PAGE).to(tl.int64) * v_token
         else:
             key_at = rank.to(tl.int64) * k_token
             value_at = rank.to(tl.int64) * v_token
         if ONE_BLOCK:
             block = _block_of(page, start + KEYS, last, BLOCK)
-        if ONE_PAGE:
-            entry = _entry_of(table, block, start + KEYS, last, end, BLOCK, PAGE)
         keys = load_lanes(key, key_at, dim, seen, HEAD_DIM, WIDEN)
         values = load_lanes(value, value_at, dim, seen, HEAD_DIM, WIDEN)
         logits = product(queries, tl.trans(keys), WIDEN) * scale_log2

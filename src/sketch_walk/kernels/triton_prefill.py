@@ -32,8 +32,9 @@ from sketch_walk.layout import Layout
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-# Rows of a tile: what keeps a matrix unit busy without spilling registers at head_dim 128.
+# Rows and bytes of a tile of queries: what keeps a matrix unit busy without spilling registers at head_dim 128.
 TILE_ROWS = 128
+QUERY_TILE_BYTES = 65536
 # Bytes of one tile of keys: 64 rows of 128 columns in 16 bits. Two of them, three deep, fit beside the queries.
 KEY_TILE_BYTES = 16384
 
@@ -44,8 +45,8 @@ class PrefillLaunch:
 
     Parameters
     ----------
-    tile_heads : int
-        Query heads of one program: a power of two that divides the group.
+    tile_heads, queries : int
+        Query heads of one program, and queries of each: powers of two that divide the group and block_size.
     keys : int
         Keys of one step of the main loop: a divisor of block_size, or twice block_size.
     num_warps, num_stages : int
@@ -58,12 +59,14 @@ class PrefillLaunch:
     prefetch : bool
         Load the next step's block number one step ahead.
     descriptors : bool
-        Read whole blocks through tensor descriptors (Triton 3.4, unpadded batches, a block or less at a step).
+        Read whole blocks through tensor descriptors: Triton 3.4, unpadded batches, head_dim a power of two, a block or
+        less at a step.
     max_registers : int, optional
         Registers of a thread (NVIDIA only): fewer let more programs share a multiprocessor.
     """
 
     tile_heads: int
+    queries: int
     keys: int
     num_warps: int
     num_stages: int
@@ -79,14 +82,16 @@ def prefill_launch(
 ) -> PrefillLaunch:
     """The launch for these shapes on this device."""
     group, columns = heads // kv_heads, padded_dim(head_dim)
-    tile_heads = 1
-    while group % (2 * tile_heads) == 0 and 2 * tile_heads * block_size <= TILE_ROWS:
+    rows = min(TILE_ROWS, QUERY_TILE_BYTES // (columns * element_size))
+    queries, tile_heads = min(block_size, rows), 1
+    while group % (2 * tile_heads) == 0 and 2 * tile_heads * queries <= rows:
         tile_heads *= 2
-    rows = tile_heads * block_size
+    rows = tile_heads * queries
     keys = min(block_size, 64, max(16, KEY_TILE_BYTES // (columns * element_size)))
     room = device.shared_bytes - rows * columns * element_size
     return PrefillLaunch(
         tile_heads,
+        queries,
         keys,
         num_warps=8 if rows >= TILE_ROWS and columns >= 128 else 4,
         num_stages=max(1, min(3, room // (2 * keys * columns * element_size))),
@@ -124,16 +129,17 @@ def _prefill(
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, o_batch, o_head, o_token,
     i_batch, i_head, i_row, c_batch, c_head,
     num_rows, num_tiles, num_queries, num_keys, scale_log2,
-    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, INDEXED: tl.constexpr,
     NEIGHBOURS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr, PREFETCH: tl.constexpr,
     DESCRIPTORS: tl.constexpr, STORE_LSE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One query block of TILE_HEADS heads of one group."""
-    program = tl.program_id(0)
+    """QUERIES queries of one block, for TILE_HEADS heads of one group."""
+    SLICES: tl.constexpr = BLOCK // QUERIES
+    along = tl.program_id(0) // NEIGHBOURS
     # Later rows read more blocks: they start first.
-    row = num_rows - 1 - (program // NEIGHBOURS) % num_rows
-    tile = (program // NEIGHBOURS // num_rows) * NEIGHBOURS + program % NEIGHBOURS
+    row = num_rows - 1 - along // SLICES % num_rows
+    tile = (along // (SLICES * num_rows)) * NEIGHBOURS + tl.program_id(0) % NEIGHBOURS
     sequence = tile // num_tiles
     head = (tile % num_tiles) * TILE_HEADS
     kv_head = head // GROUP
@@ -143,9 +149,9 @@ def _prefill(
         return
     seen = tl.load(past + sequence).to(tl.int32)
     end = tl.load(length + sequence).to(tl.int32)
-    lane = tl.arange(0, TILE_HEADS * BLOCK)
-    lane_head = (head + lane // BLOCK).to(tl.int64)
-    rank = (seen // BLOCK + row) * BLOCK + lane % BLOCK
+    lane = tl.arange(0, TILE_HEADS * QUERIES)
+    lane_head = (head + lane // QUERIES).to(tl.int64)
+    rank = (seen // BLOCK + row) * BLOCK + along % SLICES * QUERIES + lane % QUERIES
     real = (rank >= seen) & (rank < end)
     at = positions(query_index, sequence, rank - seen, num_queries, num_queries, INDEXED)
     dim = tl.arange(0, PADDED_DIM)
@@ -155,9 +161,9 @@ def _prefill(
     value += sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
     page = indices + sequence.to(tl.int64) * i_batch + selection * i_head + row.to(tl.int64) * i_row
 
-    acc = tl.zeros([TILE_HEADS * BLOCK, PADDED_DIM], tl.float32)
-    best = tl.full([TILE_HEADS * BLOCK], HIDDEN, tl.float32)
-    total = tl.zeros([TILE_HEADS * BLOCK], tl.float32)
+    acc = tl.zeros([TILE_HEADS * QUERIES, PADDED_DIM], tl.float32)
+    best = tl.full([TILE_HEADS * QUERIES], HIDDEN, tl.float32)
+    total = tl.zeros([TILE_HEADS * QUERIES], tl.float32)
     PER_STEP: tl.constexpr = (KEYS + BLOCK - 1) // BLOCK
     PARTS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS
     ADJACENT: tl.constexpr = PER_STEP == 1 and not INDEXED
@@ -243,14 +249,15 @@ def prefill(
     num_rows, num_tiles = indices.shape[2], heads // launch.tile_heads
     limit = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
     wide = launch.wide or launch.keys * max(key.stride(2), value.stride(2)) >= 2**31
-    _prefill[(num_rows * num_tiles * batch,)](
+    _prefill[(num_rows * (block_size // launch.queries) * num_tiles * batch,)](
         query, key, value, key_blocks, value_blocks, output, lse, indices, counts,
         layout.past, layout.length, layout.query_index, layout.key_index,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
         *indices.stride()[:3], *counts.stride()[:2],
         num_rows, num_tiles, num_queries, key.shape[2], scale * LOG2_E,
-        GROUP=heads // kv_heads, TILE_HEADS=launch.tile_heads, BLOCK=block_size, KEYS=launch.keys,
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=indices.shape[1] > 1, INDEXED=indexed,
+        GROUP=heads // kv_heads, TILE_HEADS=launch.tile_heads, QUERIES=launch.queries, BLOCK=block_size,
+        KEYS=launch.keys, HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=indices.shape[1] > 1,
+        INDEXED=indexed,
         NEIGHBOURS=launch.neighbours, STAGES=launch.num_stages, WIDE=wide, PREFETCH=launch.prefetch,
         DESCRIPTORS=launch.descriptors, STORE_LSE=lse is not None, WIDEN=interpreted(),
         num_warps=launch.num_warps, num_stages=launch.num_stages, **limit,
