@@ -9,7 +9,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sketch_walk.kernels import triton_backward, triton_decode, triton_prefill, triton_scores
+from sketch_walk.kernels import triton_backward, triton_decode, triton_prefill, triton_scores, triton_select
 from sketch_walk.kernels.triton_tiles import Device
 
 
@@ -32,6 +32,7 @@ POINTERS = {
     "past": "*i64", "length": "*i64", "query_index": "*i64", "key_index": "*i64", "table": "*i32",
     "queries": "*fp16", "last_rank": "*i64", "codes": "*i8", "scales": "*fp32", "lse": "*fp32", "delta": "*fp32",
     "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32", "scale": "fp32",
+    "first_block": "*i64", "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
 }  # fmt: skip
 STRIDES = {f"{x}_{axis}" for x in "qkvo" for axis in ("batch", "head", "token", "page")}
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64
@@ -112,6 +113,20 @@ def decode(target: Target, padded: bool) -> int:
     return split + compile_for(triton_decode._merge, {**shared, "MERGED": triton_decode.MERGED}, target)
 
 
+def select(target: Target, rows: int) -> int:
+    """Rows of a prompt of 2,048 blocks, or the kernels of a decode step's selection, shared and per key/value head."""
+    launch = triton_select.select_launch(2048, rows, target.device)
+    shape = {"BLOCK": BLOCK, "COLUMNS": 2048, "FILL": 512, "THRESHOLDS": launch.thresholds}
+    if rows > 1:
+        constants = {**shape, "PARTS": 1, "best": None}
+        return compile_for(triton_select._select, constants, target, launch.num_warps)
+    shared = {**shape, "HEADS": HEADS, "PARTS": 8, "PART_HEADS": 4, "TILE": 4}
+    per_head = {**shared, "HEADS": HEADS // KV_HEADS, "PARTS": 1}
+    sizes = [compile_for(triton_select._from_peaks, constants, target, 8) for constants in (shared, per_head)]
+    constants = {**shape, "PARTS": 8, "first_block": None}
+    return sum(sizes) + compile_for(triton_select._select, constants, target, launch.num_warps)
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:] or TARGETS:
         target = TARGETS[name]
@@ -120,6 +135,7 @@ if __name__ == "__main__":
                 "prefill": prefill(target, padded),
                 "decode": decode(target, padded),
                 "scores": compile_for(triton_scores._scores, {**SCORES, "MEAN": padded}, target),
+                "select": select(target, 1 if padded else 2048),
             }
             if padded:
                 sizes["backward"] = backward(target)

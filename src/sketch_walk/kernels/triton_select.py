@@ -1,0 +1,387 @@
+"""Stage 5 in Triton: rows of scores -> page table, without a sort and without host synchronisation.
+
+`selection.select_blocks` ranks blocks by a number; here that number is an int32 (`_ranks`), and the choice is the cut
+between the k-th greatest rank and the next. The cut is bisected with several thresholds at once, and the search ends as
+soon as exactly k ranks lie above one. Blocks that tie at the cut are dropped from the left, so the nearer one stays.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sketch_walk.kernels.triton_tiles import Device, device_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+# A row is one vector in registers, and two counts share 32 bits.
+MAX_BLOCKS = 32768
+# Programs that share the heads of one sequence's decode step at most, and the fewest heads worth a program.
+MOST_PARTS = 8
+LEAST_PART_HEADS = 4
+# Peaks that one program holds at once.
+TILE_PEAKS = 8192
+
+# Ranks: no block of the row, then scores as ordered integers, then sinks (the first block highest), then local blocks.
+NO_RANK = tl.constexpr(-(2**31))
+GREATEST_SCORE = tl.constexpr(0x7F7FFFFF)
+FIRST_SINK = tl.constexpr(0x7FFFFFFE)
+LOCAL = tl.constexpr(0x7FFFFFFF)
+BEYOND = tl.constexpr(2**31)
+FINITE = tl.constexpr(-1.0e30)
+
+
+class SelectedRows(NamedTuple):
+    """A `BlockSelection` with its head axis always there.
+
+    Parameters
+    ----------
+    indices : torch.Tensor
+        int32, shape (batch, selections, rows, width): ascending, the diagonal block last, -1 beyond `counts`.
+    counts : torch.Tensor
+        int32, shape (batch, selections, rows).
+    """
+
+    indices: Int[Tensor, "batch selections rows width"]
+    counts: Int[Tensor, "batch selections rows"]
+
+
+class ScoredRows(NamedTuple):
+    """A decode step's block scores, float32 of shape (batch, selections, 1, blocks), and what they select."""
+
+    scores: Float[Tensor, "batch selections 1 blocks"]
+    indices: Int[Tensor, "batch selections 1 width"]
+    counts: Int[Tensor, "batch selections 1"]
+
+
+class SelectLaunch(NamedTuple):
+    """How a row is cut: thresholds compared at once (a power of two), and warps of a program."""
+
+    thresholds: int
+    num_warps: int
+
+
+def select_launch(columns: int, programs: int, device: Device) -> SelectLaunch:
+    """Parameters for `programs` rows of `columns` blocks (a power of two).
+
+    Rows that fill the device take one threshold per step, the fewest comparisons; a few rows take four and twice the
+    warps, for fewer steps one after the other.
+    """
+    few = programs < 2 * device.processors
+    warps = min(16, max(1, columns // (256 if few else 512)))
+    return SelectLaunch(4 if few and columns <= 4096 else 1, warps)
+
+
+def unsupported(scores: Tensor) -> str | None:
+    """None if the kernels take these scores or peaks, else the reason why not."""
+    if scores.dtype != torch.float32:
+        return f"scores must be float32, got {scores.dtype}"
+    if scores.shape[-1] > MAX_BLOCKS:
+        return f"scores must have at most {MAX_BLOCKS} blocks, got {scores.shape[-1]}"
+    if scores.shape[-1] > 1 and scores.stride(-1) != 1:
+        return f"scores must be contiguous in their last axis, got a stride of {scores.stride(-1)}"
+    return None
+
+
+@triton.jit
+def _ranks(scores, column, row, available, sink, local):
+    """Order of choice [COLUMNS] as int32: greater is chosen first, equal ones from the right."""
+    scores = tl.where(scores != scores, 0.0, scores)
+    scores = tl.where(scores == float("-inf"), -1.0, scores)
+    bits = scores.to(tl.int32, bitcast=True)
+    # -0.0 ties with 0.0; below 0 a greater magnitude is less.
+    bits = tl.where(bits == NO_RANK, 0, bits)
+    rank = tl.minimum(tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits), GREATEST_SCORE)
+    rank = tl.where(column < sink, FIRST_SINK - column, rank)
+    rank = tl.where((column > row - local) & (column <= row), LOCAL, rank)
+    return tl.where(column < available, rank, NO_RANK)
+
+
+@triton.jit
+def _cut(rank, available, wanted, THRESHOLDS: tl.constexpr):
+    """A rank and how many ranks are no less: `wanted`, or more if the surplus all equals it."""
+    part = tl.arange(0, THRESHOLDS).to(tl.int64) + 1
+    low = tl.full([], NO_RANK + 1, tl.int64)
+    high = tl.full([], BEYOND, tl.int64)
+    reached = available
+    candidates = rank[:, None]
+    while (high - low > 1) & (reached > wanted):
+        threshold = low + (high - low) * part // (THRESHOLDS + 1)
+        count = tl.sum((candidates >= threshold.to(tl.int32)[None, :]).to(tl.int32), 0)
+        enough = count >= wanted
+        reached = tl.min(tl.where(enough, count, reached), 0)
+        # Both from the same old interval: `high` must not see the new `low`.
+        raised = tl.max(tl.where(enough, threshold, low), 0)
+        high = tl.min(tl.where(enough, high, threshold), 0)
+        low = raised
+    return low.to(tl.int32), reached
+
+
+@triton.jit
+def _choose(
+    scores, column, row, available, budget, sink, local, indices, counts, width,
+    THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
+):  # fmt: skip
+    """Writes one row of the page table, at `indices` and `counts`, from its scores [COLUMNS]."""
+    wanted = tl.minimum(tl.minimum(tl.load(budget + available).to(tl.int32), available), width)
+    first = tl.load(sink + available).to(tl.int32)
+    last = tl.load(local + available).to(tl.int32)
+    rank = _ranks(scores, column, row, available, first, last)
+    low, reached = _cut(rank, available, wanted, THRESHOLDS)
+    surplus = reached - wanted
+    taken = rank >= low
+    tie = rank == low
+    # Two running counts in one scan: of the blocks taken, and of the ties among them.
+    running = tl.cumsum(taken.to(tl.int32) + (tie.to(tl.int32) << 16), 0)
+    ties = (running >> 16) & 0xFFFF
+    place = (running & 0xFFFF) - tl.minimum(ties, surplus) - 1
+    tl.store(indices + place, column, mask=taken & ((ties > surplus) | (rank > low)))
+    rest = tl.arange(0, FILL)
+    tl.store(indices + rest, tl.full([FILL], -1, tl.int32), mask=(rest >= wanted) & (rest < width))
+    tl.store(counts, wanted)
+
+
+@triton.jit
+def _last_row(length, sequence, num_blocks, BLOCK: tl.constexpr):
+    """The block of a sequence's last token, and how many blocks it may read."""
+    end = tl.load(length + sequence)
+    row = (tl.maximum(end - 1, 0) // BLOCK).to(tl.int32)
+    return row, tl.where(end > 0, tl.minimum(row + 1, num_blocks), 0)
+
+
+@triton.jit
+def _select(
+    scores, first_block, length, budget, sink, local, best, indices, counts,
+    s_batch, s_selection, s_row, s_part,
+    num_rows, num_selections, num_blocks, width,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
+):  # fmt: skip
+    """One row of scores; with several PARTS, the last row of a sequence, whose scores are the greatest of the parts."""
+    index = num_rows - 1 - tl.program_id(0)
+    selection, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if PARTS > 1:
+        row, available = _last_row(length, sequence, num_blocks, BLOCK)
+    else:
+        at = tl.load(first_block + sequence) + index
+        row = at.to(tl.int32)
+        available = tl.where(at * BLOCK < tl.load(length + sequence), tl.minimum(row + 1, num_blocks), 0)
+    column = tl.arange(0, COLUMNS)
+    scores += sequence * s_batch + selection.to(tl.int64) * s_selection + index.to(tl.int64) * s_row
+    values = tl.load(scores + column, mask=column < available, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=column < available, other=0.0))
+    place = (sequence * num_selections + selection) * num_rows + index
+    if PARTS > 1:
+        tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
+    _choose(
+        values, column, row, available, budget, sink, local, indices + place * width, counts + place, width,
+        THRESHOLDS, FILL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _from_peaks(
+    peaks, length, budget, sink, local, best, indices, counts,
+    p_batch, p_head,
+    num_blocks, width,
+    BLOCK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PART_HEADS: tl.constexpr, TILE: tl.constexpr,
+    COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
+):  # fmt: skip
+    """Each block's greatest share over PART_HEADS of a selection's HEADS heads; the choice too if that is all."""
+    part, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, available = _last_row(length, sequence, num_blocks, BLOCK)
+    selection = part // PARTS
+    first = selection * HEADS + (part % PARTS) * PART_HEADS
+    end = tl.minimum(first + PART_HEADS, (selection + 1) * HEADS)
+    column = tl.arange(0, COLUMNS)
+    values = tl.zeros([COLUMNS], tl.float32)
+    for at in range(first, end, TILE):
+        head = at + tl.arange(0, TILE)
+        offsets = sequence * p_batch + head.to(tl.int64)[:, None] * p_head + column[None, :]
+        inside = (head < end)[:, None] & (column < available)[None, :]
+        tile = tl.load(peaks + offsets, mask=inside, other=float("-inf"))
+        weight = tl.exp2(tile - tl.maximum(tl.max(tile, 1), FINITE)[:, None])
+        total = tl.sum(weight, 1)
+        share = weight * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
+        values = tl.maximum(values, tl.max(share, 0))
+    place = sequence * tl.num_programs(0) + part
+    tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
+    if PARTS == 1:
+        _choose(
+            values, column, row, available, budget, sink, local, indices + place * width, counts + place, width,
+            THRESHOLDS, FILL,
+        )  # fmt: skip
+
+
+def select_rows(
+    scores: Float[Tensor, "batch selections rows blocks"],
+    first_block: Int[Tensor, " batch"],
+    length: Int[Tensor, " batch"],
+    budget: Int[Tensor, " blocks_plus_1"],
+    sink: Int[Tensor, " blocks_plus_1"],
+    local: Int[Tensor, " blocks_plus_1"],
+    *,
+    width: int,
+    block_size: int,
+    per_head: bool,
+    launch: SelectLaunch | None = None,
+) -> SelectedRows:
+    """As `selection.select_blocks`, causal, without a mask, dense rows or `mass`.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        float32, contiguous in the last axis. Compared within a row only; NaN counts as 0.
+    first_block : torch.Tensor
+        int64: row r of a sequence is its block first_block + r.
+    length : torch.Tensor
+        int64: tokens of each sequence; a row that starts beyond them selects nothing.
+    budget, sink, local : torch.Tensor
+        int64: `selection.row_counts` of the config for these blocks.
+    width : int
+        Columns of the page table: the greatest budget. A greater budget is cut to it.
+    block_size : int
+        Tokens of a block.
+    per_head : bool
+        Whether `scores` may have more than one selection.
+    launch : SelectLaunch, optional
+        Default: `select_launch`.
+
+    Returns
+    -------
+    SelectedRows
+        The same on every run. No host synchronisation: capturable in a CUDA graph.
+
+    Raises
+    ------
+    ValueError
+        For scores that the kernel does not take, or counts or a width that do not fit; the message names the argument.
+    """
+    if scores.dim() != 4 or not (per_head or scores.shape[1] == 1):
+        raise ValueError(
+            f"scores must have the shape (batch, {'selections' if per_head else '1'}, rows, blocks), "
+            f"got {tuple(scores.shape)}"
+        )
+    _check(scores, budget, sink, local, width)
+    batch, selections, rows, blocks = scores.shape
+    table, counts = _page_table(scores, rows, selections, width)
+    if counts.numel():
+        columns = triton.next_power_of_2(blocks)
+        launch = launch or select_launch(columns, counts.numel(), device_of(scores.device))
+        _select[(rows, selections, batch)](
+            scores, first_block, length, budget, sink, local, None, table, counts,
+            *scores.stride()[:3], 0, rows, selections, blocks, width,
+            BLOCK=block_size, PARTS=1, COLUMNS=columns, THRESHOLDS=launch.thresholds,
+            FILL=triton.next_power_of_2(width), num_warps=launch.num_warps,
+        )  # fmt: skip
+    return SelectedRows(table, counts)
+
+
+def select_from_peaks(
+    peaks: Float[Tensor, "batch heads blocks"],
+    length: Int[Tensor, " batch"],
+    budget: Int[Tensor, " blocks_plus_1"],
+    sink: Int[Tensor, " blocks_plus_1"],
+    local: Int[Tensor, " blocks_plus_1"],
+    *,
+    width: int,
+    block_size: int,
+    kv_heads: int,
+    per_head: bool,
+    part_heads: int | None = None,
+    launch: SelectLaunch | None = None,
+) -> ScoredRows:
+    """Scores and selection of one decode step from each head's logit of each block.
+
+    A head's share of a block is exp2(peak) over the sum of exp2(peak) of its blocks; a block scores the greatest share
+    over all heads, or over those of one key/value head.
+
+    Parameters
+    ----------
+    peaks : torch.Tensor
+        float32, in units of log 2, -inf where a block holds no key. Blocks beyond the last token's are not read.
+    length : torch.Tensor
+        int64: tokens of each sequence. The row is that of the last one; a length of 0 selects nothing.
+    budget, sink, local, width, block_size
+        As `select_rows`.
+    kv_heads : int
+        Key/value heads; it divides the heads of `peaks`.
+    per_head : bool
+        One selection per key/value head instead of one for all heads.
+    part_heads : int, optional
+        Heads of one program. At or above the heads of a selection one launch does everything; below, a second one takes
+        the greatest of the parts and chooses. Default: `split_heads`.
+    launch : SelectLaunch, optional
+        Default: `select_launch`.
+
+    Returns
+    -------
+    ScoredRows
+        `selections` is `kv_heads` if `per_head`, else 1. Scores are 0 beyond the last token's block. No host
+        synchronisation: capturable in a CUDA graph.
+
+    Raises
+    ------
+    ValueError
+        As `select_rows`, and for `kv_heads` that do not divide the heads.
+    """
+    if peaks.dim() != 3:
+        raise ValueError(f"peaks must have the shape (batch, heads, blocks), got {tuple(peaks.shape)}")
+    batch, heads, blocks = peaks.shape
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"kv_heads must divide the {heads} heads of peaks, got {kv_heads}")
+    _check(peaks, budget, sink, local, width)
+    selections = kv_heads if per_head else 1
+    own = heads // selections
+    part_heads = split_heads(own) if part_heads is None else min(own, max(1, part_heads))
+    parts = triton.cdiv(own, part_heads)
+    scores = torch.empty(batch, selections, 1, blocks, dtype=torch.float32, device=peaks.device)
+    table, counts = _page_table(peaks, 1, selections, width)
+    if not counts.numel():
+        return ScoredRows(scores, table, counts)
+    columns = triton.next_power_of_2(blocks)
+    launch = launch or select_launch(columns, counts.numel(), device_of(peaks.device))
+    shares = scores if parts == 1 else scores.new_empty(batch, selections, parts, blocks)
+    common = {"BLOCK": block_size, "PARTS": parts, "COLUMNS": columns, "FILL": triton.next_power_of_2(width)}
+    tile = min(triton.next_power_of_2(part_heads), max(1, TILE_PEAKS // columns))
+    _from_peaks[(selections * parts, batch)](
+        peaks, length, budget, sink, local, shares, table, counts,
+        *peaks.stride()[:2], blocks, width,
+        HEADS=own, PART_HEADS=part_heads, TILE=tile, THRESHOLDS=launch.thresholds, **common,
+        num_warps=min(16, max(1, tile * columns // 1024)) if parts > 1 else max(launch.num_warps, 8),
+    )  # fmt: skip
+    if parts > 1:
+        _select[(1, selections, batch)](
+            shares, None, length, budget, sink, local, scores, table, counts,
+            *shares.stride()[:2], 0, shares.stride(2), 1, selections, blocks, width,
+            THRESHOLDS=launch.thresholds, **common, num_warps=launch.num_warps,
+        )  # fmt: skip
+    return ScoredRows(scores, table, counts)
+
+
+def split_heads(heads: int) -> int:
+    """Heads of one program in a decode step: one program reads a row's 32 x 2,048 peaks too slowly alone."""
+    return min(heads, max(LEAST_PART_HEADS, triton.cdiv(heads, MOST_PARTS)))
+
+
+def _page_table(scores: Tensor, rows: int, selections: int, width: int) -> SelectedRows:
+    """Where the kernels write: every element of both."""
+    counts = torch.empty(scores.shape[0], selections, rows, dtype=torch.int32, device=scores.device)
+    return SelectedRows(torch.empty(*counts.shape, width, dtype=torch.int32, device=scores.device), counts)
+
+
+def _check(scores: Tensor, budget: Tensor, sink: Tensor, local: Tensor, width: int) -> None:
+    reason = unsupported(scores)
+    if reason is not None:
+        raise ValueError(reason)
+    blocks = scores.shape[-1]
+    for name, counts in (("budget", budget), ("sink", sink), ("local", local)):
+        if counts.shape != (blocks + 1,) or not counts.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, of shape ({blocks + 1},), got {tuple(counts.shape)}")
+    if width < 1 or blocks < 1:
+        raise ValueError(f"width and the number of blocks must be at least 1, got {width} and {blocks}")
