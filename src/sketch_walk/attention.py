@@ -17,7 +17,7 @@ from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores
-from sketch_walk.selection import BlockSelection, select_blocks
+from sketch_walk.selection import BlockSelection, row_counts, select_blocks, widest_row
 from sketch_walk.state import LayerSketch, SketchState
 from sketch_walk.walk import transition_rows, walk_step
 
@@ -117,7 +117,7 @@ def sketch_walk_attention(
     kernels.check_impl(impl)
     with torch.no_grad():
         state = LayerSketch(config) if state is None else state
-        absorb_keys(state, key, layout, query)
+        absorb_keys(state, key, layout, query, impl)
         if score_with is None:
             scores = call_scores(state, query, layout, scale, causal, impl)
         else:
@@ -125,21 +125,11 @@ def sketch_walk_attention(
         if combine_scores is not None:
             scores = combine_scores(scores)
         rows = transition_rows(scores, config)
-        row_index = layout.first_block(config.block_size)[:, None] + torch.arange(rows.shape[2], device=rows.device)
-        transitions = None
         if config.uses_walk:
             absorb_rows(state, query, rows, layout, scale, combine_scores)
-            transitions = None if walk is None else state.read_rows(rows.shape[3])
-        walk = walk_step(walk, rows, transitions, row_index, config)
-        selection = select_blocks(
-            walk,
-            row_index,
-            has_queries=row_index * config.block_size < layout.length[:, None],
-            config=config,
-            dense_rows=_dense_tail(layout, row_index, config),
-            available=None if causal else _all_blocks(layout, row_index, config),
-            allowed=None if bias is None else masks.allowed_blocks(bias, layout, config.block_size, *rows.shape[2:]),
-        )
+            if walk is not None:
+                rows = walk_step(walk, rows, state.read_rows(rows.shape[3]), _row_index(layout, rows, config), config)
+        selection = _select(rows, layout, config, causal, bias, impl)
     shared = selection.per_head()
     output, used = kernels.attend(
         query,
@@ -155,13 +145,45 @@ def sketch_walk_attention(
         mean_correction=config.mean_correction,
         impl=impl,
     )
-    return SketchWalkOutput(output, selection, walk, used)
+    return SketchWalkOutput(output, selection, rows, used)
 
 
-def _dense_tail(layout: Layout, row_index: Tensor, config: SketchWalkConfig) -> Tensor | None:
-    """The last `dense_tail_blocks` query blocks of each sequence, in a call of several tokens."""
-    if not config.dense_tail_blocks or layout.num_queries == 1:
-        return None
+def _select(
+    walk: Tensor, layout: Layout, config: SketchWalkConfig, causal: bool, bias: Tensor | None, impl: str
+) -> BlockSelection:
+    """Selection of the call's rows, by the kernel where it serves."""
+    dense_tail = config.dense_tail_blocks > 0 and layout.num_queries > 1
+    if causal and bias is None and config.mass is None and not dense_tail and kernels.selects_with_triton(impl, walk):
+        counts = row_counts(config, walk.shape[3], walk.device)
+        return BlockSelection(
+            *kernels.select_rows(
+                walk,
+                layout,
+                counts,
+                width=widest_row(config, walk.shape[3]),
+                block_size=config.block_size,
+                per_head=config.head_mode == "per_kv_head",
+            )
+        )
+    row_index = _row_index(layout, walk, config)
+    return select_blocks(
+        walk,
+        row_index,
+        has_queries=row_index * config.block_size < layout.length[:, None],
+        config=config,
+        dense_rows=_dense_rows(layout, row_index, config) if dense_tail else None,
+        available=None if causal else _all_blocks(layout, row_index, config),
+        allowed=None if bias is None else masks.allowed_blocks(bias, layout, config.block_size, *walk.shape[2:]),
+    )
+
+
+def _row_index(layout: Layout, rows: Tensor, config: SketchWalkConfig) -> Tensor:
+    """Block of each row, shape (batch, rows)."""
+    return layout.first_block(config.block_size)[:, None] + torch.arange(rows.shape[2], device=rows.device)
+
+
+def _dense_rows(layout: Layout, row_index: Tensor, config: SketchWalkConfig) -> Tensor:
+    """The last `dense_tail_blocks` query blocks of each sequence."""
     last = (layout.length - 1) // config.block_size
     return row_index > (last - config.dense_tail_blocks)[:, None]
 

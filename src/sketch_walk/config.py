@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 REDUCTIONS = ("max", "mean")
+BLOCK_SCORES = ("peak", "mass")
 HEAD_MODES = ("shared", "per_kv_head", "mean")
 WALKS = ("damped", "product", "none")
 SCORE_SCALES = ("attention", "sketch", "authors")
@@ -72,6 +73,12 @@ class SketchWalkConfig:
         Last query blocks of a call of several tokens that read everything.
     query_sub_block, key_sub_block : int
         Tokens averaged into one sketched query or key; each divides `block_size`. `block_size` itself is the paper.
+    block_score : {"peak", "mass"}
+        What a sub-query gives a key block: the softmax, over blocks, of each block's best sketched logit, or the
+        softmax over all sub-keys, summed over the block's.
+    query_keep : float
+        Share of a block's sub-queries, per head, that take part in "peak" scores, in (0, 1]: those that differ most
+        from the block's mean.
     reduce : {"max", "mean"}
         How scores of sub-queries and of heads become one block score.
     head_mode : {"shared", "per_kv_head", "mean"}
@@ -93,7 +100,7 @@ class SketchWalkConfig:
     density_excludes_forced : bool
         Count `density` over the blocks that are neither sink nor local, on top of those.
     key_sketch_bits : int
-        8 stores key sketches as int8 with one float32 scale each; 16 stores them in the model's dtype.
+        8 stores key sketches as 8-bit codes with one float32 scale per block; 16 stores them in the model's dtype.
     dense_below : int, optional
         Calls over fewer tokens run dense attention. None takes the measured crossover of the device; 0 is never.
 
@@ -119,10 +126,12 @@ class SketchWalkConfig:
     dense_tail_blocks: int = 0
     query_sub_block: int = 4
     key_sub_block: int = 4
+    block_score: str = "peak"
+    query_keep: float = 0.5
     reduce: str = "max"
     head_mode: str = "shared"
     score_scale: str = "attention"
-    walk: str = "damped"
+    walk: str = "none"
     walk_beta: float = 0.3
     walk_degree: int = 1
     walk_normalise: bool = True
@@ -149,6 +158,7 @@ class SketchWalkConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, choices in (
+            ("block_score", BLOCK_SCORES),
             ("reduce", REDUCTIONS),
             ("head_mode", HEAD_MODES),
             ("score_scale", SCORE_SCALES),
@@ -171,6 +181,8 @@ class SketchWalkConfig:
             raise ValueError("density_excludes_forced needs density")
         if not (_is_real(self.sparsity_exponent) and self.sparsity_exponent > 0):
             raise ValueError(f"sparsity_exponent must be above 0, got {self.sparsity_exponent!r}")
+        if not (_is_real(self.query_keep) and 0.0 < self.query_keep <= 1.0):
+            raise ValueError(f"query_keep must be in (0, 1], got {self.query_keep!r}")
         if not (_is_real(self.walk_beta) and 0.0 <= self.walk_beta < 1.0):
             raise ValueError(f"walk_beta must be in [0, 1), got {self.walk_beta!r}")
         for name in ("query_sub_block", "key_sub_block"):
@@ -205,6 +217,7 @@ class SketchWalkConfig:
         published: dict[str, Any] = {
             "query_sub_block": changes.get("block_size", 64),
             "key_sub_block": changes.get("block_size", 64),
+            "block_score": "mass",
             "head_mode": "mean",
             "score_scale": "sketch",
             "walk": "product",
@@ -228,12 +241,14 @@ class SketchWalkConfig:
             "sparsity_exponent": 1,
             "query_sub_block": changes.get("block_size", 64),
             "key_sub_block": changes.get("block_size", 64),
+            "block_score": "mass",
             "reduce": "mean",
             "score_scale": "authors",
             "density": 0.125,
             "density_excludes_forced": True,
             "sink_density": 0.025,
             "local_density": 0.05,
+            "walk": "damped",
             "walk_beta": 0.25,
             "walk_degree": 3,
             "dense_tail_blocks": 4,

@@ -12,10 +12,18 @@ from sketch_walk import kernels
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, slice_bytes, take_tokens
 from sketch_walk.sketch import (
+    CLIP,
+    KEY_LEVELS,
     KeySketch,
+    QuerySketch,
     block_scores,
     feature_width,
+    keep_salient,
+    kept_sub_queries,
+    payload_size,
     quantise_keys,
+    quantise_queries,
+    rotation,
     score_scale,
     selection_heads,
     sketch_tokens,
@@ -39,7 +47,7 @@ def absorb_call(
     impl: str = "auto",
 ) -> None:
     """Update `state` with a call that ran dense: the same key sketches and transition rows as if it had run sparse."""
-    absorb_keys(state, key, layout, query)
+    absorb_keys(state, key, layout, query, impl)
     if state.config.uses_walk:
         scores = call_scores(state, query, layout, scale, impl=impl)
         if combine_scores is not None:
@@ -47,37 +55,50 @@ def absorb_call(
         absorb_rows(state, query, transition_rows(scores, state.config), layout, scale, combine_scores)
 
 
-def absorb_keys(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor) -> None:
-    """Sketch the keys of the call into the state; sub-blocks that were open are sketched again from all their keys."""
-    config, size = state.config, state.config.key_sub_block
-    heads = sketched_heads(key.shape[1], config)
+def absorb_keys(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor, impl: str = "auto") -> None:
+    """Sketch the keys of the call into the state; a block that was open is sketched again from all its keys."""
+    config, size = state.config, state.config.block_size
+    heads, width = sketched_heads(key.shape[1], config), feature_width(key.shape[3], config)
     state.allocate(
         key.shape[0],
-        (heads, feature_width(key.shape[3], config)),
+        (heads, payload_size(width, config)),
         (sketched_heads(query.shape[1], config), query.shape[3]),
         key.dtype,
         key.device,
     )
     state.reserve(layout.max_length)
-    first = layout.past // size
-    last = [(n - 1) // size - p // size + 1 for p, n in layout.bounds or ()]
-    total = max(last, default=0) if layout.bounds is not None else (layout.num_queries - 1) // size + 2
-    # A run's keys in float32, and their means before and after the rotation.
-    bytes_per_sub_key = key.shape[0] * key.shape[1] * key.shape[3] * 4 * (size + 2)
-    run = max(1, slice_bytes(key, key) // bytes_per_sub_key)
+    total = layout.num_query_blocks(size)
+    if kernels.sketches_with_triton(impl, key, config, width):
+        assert state.codes is not None
+        assert state.scales is not None
+        matrix = rotation(key.shape[3], config, key.device)
+        kernels.sketch_keys(
+            key, layout, total, state.codes, state.scales, matrix, config=config, step=CLIP / KEY_LEVELS
+        )
+        return
+    first = layout.first_block(size)
+    per_block = size // config.key_sub_block
+    # A run's keys in float32, their means before and after the rotation, and what quantising them takes.
+    bytes_per_block = key.shape[0] * key.shape[1] * key.shape[3] * 4 * (size + 4 * per_block)
+    run = max(1, slice_bytes(key, key) // bytes_per_block)
     for lo in range(0, total, run):
         index = first[:, None] + torch.arange(lo, min(lo + run, total), device=key.device)
         rank = (index[..., None] * size + torch.arange(size, device=key.device)).flatten(1)
         real = rank < layout.length[:, None]
         tokens = take_tokens(key, layout.key_positions(rank)[:, None, None])
-        sketch = quantise_keys(sketch_tokens(tokens, real[:, None], size, config)[:, 0], config, key.dtype)
-        state.write_keys(index, real[:, ::size], *sketch)
+        sketch = sketch_tokens(tokens, real[:, None], config.key_sub_block, config)[:, 0]
+        held = real[:, None, :: config.key_sub_block].unflatten(-1, (-1, per_block))
+        codes = quantise_keys(sketch.unflatten(2, (-1, per_block)), held, config, key.dtype)
+        state.write_keys(index, real[:, ::size], *codes)
 
 
 def call_scores(
     state: LayerSketch, query: Tensor, layout: Layout, scale: float, causal: bool = True, impl: str = "auto"
 ) -> Float[Tensor, "batch selections rows blocks"]:
-    """Block scores for the call's query blocks, from the call's queries; worked in slices of rows."""
+    """Block scores for the call's query blocks, from the call's queries; worked in slices of rows.
+
+    A call of one query per sequence reads the upper four bits of 8-bit key sketches, half of what is stored.
+    """
     config, size = state.config, state.config.block_size
     batch, heads, num_queries, head_dim = query.shape
     num_rows = layout.num_query_blocks(size)
@@ -87,34 +108,31 @@ def call_scores(
     if not scores.numel():
         return scores
     sketch = KeySketch(*state.read_keys(blocks))
-    least, most = layout.first_block_range(size)
-    sub_queries = 1 if num_queries == 1 else size // config.query_sub_block
-    per_block = size // config.key_sub_block
-    width = sketch.codes.shape[3]
-    rows_of_heads = sketched_heads(heads, config) * sub_queries
-    fused = kernels.scores_with_triton(impl, query, causal, width, sub_queries, per_block, num_rows)
-    keys = None if fused else sketch.dequantise()
-    bytes_per_row = batch * rows_of_heads * (width if fused else blocks * per_block) * 4
-    step = max(1, slice_bytes(query, query, query) // max(1, bytes_per_row))
     score_factor = score_scale(head_dim, scale, config)
+    width = feature_width(head_dim, config)
+    sub_queries = 1 if num_queries == 1 else size // config.query_sub_block
+    kept = kept_sub_queries(sub_queries, config)
+    if causal and sketch.scales is not None and kernels.sketches_with_triton(impl, query, config, width):
+        return kernels.peak_scores(
+            query,
+            layout,
+            sketch.codes,
+            sketch.scales,
+            rotation(head_dim, config, query.device),
+            scale=score_factor,
+            kept=kept,
+            config=config,
+        )
+    least, most = layout.first_block_range(size)
+    per_block = size // config.key_sub_block
+    keys = sketch.dequantise(per_block, width, upper_only=num_queries == 1)
+    bytes_per_row = batch * sketched_heads(heads, config) * kept * blocks * per_block * 4
+    step = max(1, slice_bytes(query, query, query) // max(1, bytes_per_row))
     for lo in range(0, num_rows, step):
         hi = min(lo + step, num_rows)
         visible = min(blocks, most + hi) if causal else blocks
-        sketched, last_rank = _sketch_queries(query, layout, lo, hi, config)
-        if keys is None:
-            scores[:, :, lo:hi, :visible] = kernels.fused_block_scores(
-                sketched,
-                last_rank,
-                sketch.codes[:, :, : visible * per_block],
-                None if sketch.scales is None else sketch.scales[:, :, : visible * per_block],
-                layout.length,
-                scale=score_factor,
-                config=config,
-            )
-            continue
         scores[:, :, lo:hi, :visible] = block_scores(
-            sketched,
-            last_rank,
+            _sketch_queries(query, layout, lo, hi, config),
             keys[:, :, : visible * per_block],
             layout.length,
             scale=score_factor,
@@ -125,8 +143,8 @@ def call_scores(
     return scores
 
 
-def _sketch_queries(query: Tensor, layout: Layout, lo: int, hi: int, config: SketchWalkConfig) -> tuple[Tensor, Tensor]:
-    """Sketched sub-queries of the call's query blocks lo ... hi - 1, and the rank of the last token of each, or -1."""
+def _sketch_queries(query: Tensor, layout: Layout, lo: int, hi: int, config: SketchWalkConfig) -> QuerySketch:
+    """Sketched sub-queries of the call's query blocks lo ... hi - 1."""
     device, size = query.device, config.block_size
     if layout.num_queries == 1:
         rank = layout.past.view(-1, 1, 1)
@@ -138,14 +156,19 @@ def _sketch_queries(query: Tensor, layout: Layout, lo: int, hi: int, config: Ske
     slot = rank - layout.past.view(-1, 1, 1)
     real = (slot >= 0) & (rank < layout.length.view(-1, 1, 1))
     at = layout.query_positions(slot.flatten(1)).view(slot.shape)
-    sketched = sketch_tokens(take_tokens(query, at[:, :, None]), real, sub, config)
-    return sketched, _last_ranks(rank, real, layout.length, sub)
+    return _query_sketch(take_tokens(query, at[:, :, None]), rank, real, layout.length, sub, config)
 
 
-def _last_ranks(rank: Tensor, real: Tensor, length: Tensor, sub: int) -> Tensor:
-    """Rank of the last position of each sub-block, clamped to the sequence; -1 where no token of it is real."""
+def _query_sketch(
+    tokens: Tensor, rank: Tensor, real: Tensor, length: Tensor, sub: int, config: SketchWalkConfig
+) -> QuerySketch:
+    """Sub-queries of tokens [batch, rows, heads, tokens, dim], the salient ones, rounded as the kernels round them."""
     ends = torch.minimum(rank.unflatten(-1, (-1, sub))[..., -1], length.view(-1, 1, 1) - 1)
-    return torch.where(real.unflatten(-1, (-1, sub)).any(-1), ends, -1)
+    last_rank = torch.where(real.unflatten(-1, (-1, sub)).any(-1), ends, -1)
+    values, ranks = keep_salient(sketch_tokens(tokens, real, sub, config), last_rank, config)
+    if config.key_sketch_bits == 8 and config.block_score == "peak":
+        values = quantise_queries(values)
+    return QuerySketch(values, ranks)
 
 
 def absorb_rows(
@@ -196,12 +219,10 @@ def _open_block_row(
     tokens = torch.where(from_ring[:, None, None, :, None], old[:, None].to(new.dtype), new)
     end = torch.minimum(layout.length, (first + 1) * size)
     real = torch.where(from_ring, kept, rank < end[:, None])[:, None]
-    sketched = sketch_tokens(tokens, real, config.query_sub_block, config)
-    last_rank = _last_ranks(rank[:, None], real, layout.length, config.query_sub_block)
-    keys = KeySketch(*state.read_keys(blocks)).dequantise()
+    width = feature_width(query.shape[3], config)
+    keys = KeySketch(*state.read_keys(blocks)).dequantise(size // config.key_sub_block, width)
     scores = block_scores(
-        sketched,
-        last_rank,
+        _query_sketch(tokens, rank[:, None], real, layout.length, config.query_sub_block, config),
         keys,
         layout.length,
         scale=score_scale(query.shape[3], scale, config),

@@ -14,25 +14,80 @@ from sketch_walk.hadamard import sketch_matrix, sketch_width
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-# int8 codes are symmetric: -127 ... 127.
+# Codes of keys cover this many root mean squares of their block on either side; what lies beyond is clipped. After the
+# rotation coordinates are close to normal, so that the upper four bits alone are close to the best four-bit code.
+CLIP = 3.2
+KEY_LEVELS = 128
+# Added to a code's upper four bits, times 16, when the lower four are not read: the middle of what they can be.
+MIDDLE = 7.5
+# Codes of queries are symmetric: -127 ... 127.
 LARGEST_CODE = 127.0
 # Below any exp() that float32 keeps; finite, so that a row without keys gives no NaN.
 MASKED = -1e30
 
 
 class KeySketch(NamedTuple):
-    """Sketched keys: int8 codes with a float32 scale each, or plain values with `scales` None.
+    """Sketched keys as they are stored, one row per block.
 
-    `codes` has shape (..., sub_keys, width), `scales` (..., sub_keys, 1).
+    Parameters
+    ----------
+    codes : torch.Tensor
+        Shape (..., blocks, payload). With 8 bits: uint8, first the upper four bits of every coordinate of the block's
+        sub-keys, then the lower four, so that a decode step reads the first half alone; a byte holds coordinate i in
+        its lower and coordinate i + width / 2 in its upper half. Else the values themselves, sub-key after sub-key.
+    scales : torch.Tensor, optional
+        float32, shape (..., blocks, 1): one step size per block; None with 16 bits.
     """
 
     codes: Tensor
     scales: Tensor | None
 
-    def dequantise(self) -> Float[Tensor, "... sub_keys width"]:
-        """Values in float32."""
-        values = self.codes.float()
-        return values if self.scales is None else values.mul_(self.scales)
+    def unpack(
+        self, per_block: int, width: int, upper_only: bool = False
+    ) -> tuple[Float[Tensor, "... blocks per_block width"], Float[Tensor, "... blocks 1"] | None]:
+        """Codes as float32 (whole numbers with 8 bits) and scales; `upper_only` reads the upper four bits alone."""
+        if self.scales is None:
+            return self.codes.unflatten(-1, (per_block, width)).float(), None
+        half = packed_width(width)
+        upper, lower = self.codes.unflatten(-1, (2, per_block, half)).unbind(-3)
+        # Signed: 0 ... 15 stand for -8 ... 7.
+        high = torch.cat([upper & 15, upper >> 4], -1)[..., :width].float()
+        high = torch.where(high > 7, high - 16, high) * 16
+        if upper_only:
+            return high + MIDDLE, self.scales
+        return high + torch.cat([lower & 15, lower >> 4], -1)[..., :width].float(), self.scales
+
+    def dequantise(self, per_block: int, width: int, upper_only: bool = False) -> Float[Tensor, "... sub_keys width"]:
+        """Sketched sub-keys in float32."""
+        codes, scales = self.unpack(per_block, width, upper_only)
+        return (codes if scales is None else codes * scales[..., None]).flatten(-3, -2)
+
+
+class QuerySketch(NamedTuple):
+    """Sketched sub-queries that take part in the scores.
+
+    Parameters
+    ----------
+    values : torch.Tensor
+        float32, shape (batch, rows, heads, sub_queries, width).
+    last_rank : torch.Tensor
+        Rank of the last token that each sub-query stands for, -1 for an empty one; shape (batch, rows, heads or 1,
+        sub_queries).
+    """
+
+    values: Tensor
+    last_rank: Tensor
+
+
+def packed_width(width: int) -> int:
+    """Bytes that hold four bits each of `width` coordinates."""
+    return (width + 1) // 2
+
+
+def payload_size(width: int, config: SketchWalkConfig) -> int:
+    """Entries of a block's codes: bytes with 8 bits, else values."""
+    per_block = config.block_size // config.key_sub_block
+    return per_block * (2 * packed_width(width) if config.key_sketch_bits == 8 else width)
 
 
 def sketched_heads(num_heads: int, config: SketchWalkConfig) -> int:
@@ -48,6 +103,11 @@ def selection_heads(num_kv_heads: int, config: SketchWalkConfig) -> int:
 def feature_width(head_dim: int, config: SketchWalkConfig) -> int:
     """Coordinates of a sketched query or key."""
     return sketch_width(head_dim, config.sketch_dim) if config.use_srht else head_dim
+
+
+def rotation(head_dim: int, config: SketchWalkConfig, device: torch.device) -> Float[Tensor, "head_dim width"]:
+    """The feature-space sketch as a matrix, float32."""
+    return sketch_matrix(head_dim, config.sketch_dim, config.hadamard_seed, device)
 
 
 def score_scale(head_dim: int, attention_scale: float, config: SketchWalkConfig) -> float:
@@ -85,23 +145,72 @@ def sketch_tokens(
     means = sub_block_means(x, valid, size)
     if not config.use_srht:
         return means
-    return means @ sketch_matrix(x.shape[-1], config.sketch_dim, config.hadamard_seed, x.device)
+    return means @ rotation(x.shape[-1], config, x.device)
 
 
-def quantise_keys(sketch: Float[Tensor, "... width"], config: SketchWalkConfig, dtype: torch.dtype) -> KeySketch:
-    """Key sketches as they are stored: int8 with a float32 scale per sub-key, or `dtype`.
+def quantise_keys(
+    sketch: Float[Tensor, "... blocks per_block width"],
+    real: Bool[Tensor, "... blocks per_block"],
+    config: SketchWalkConfig,
+    dtype: torch.dtype,
+) -> KeySketch:
+    """Key sketches of whole blocks as they are stored: codes of 8 bits with one scale per block, or `dtype`.
 
-    After the rotation no coordinate stands out, so one scale per vector is enough.
+    After the rotation no coordinate stands out, so one scale for all of a block is enough. Sub-keys without a real
+    token are zeros and do not count towards it.
     """
     if config.key_sketch_bits == 16:
-        return KeySketch(sketch.to(dtype), None)
-    scales = (sketch.abs().amax(-1, keepdim=True) / LARGEST_CODE).clamp_(min=torch.finfo(torch.float32).tiny)
-    return KeySketch((sketch / scales).round_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8), scales)
+        return KeySketch(sketch.flatten(-2).to(dtype), None)
+    width = sketch.shape[-1]
+    count = real.sum(-1, keepdim=True).clamp(min=1) * width
+    spread = (sketch.square().sum((-2, -1), keepdim=True)[..., 0] / count).sqrt()
+    scales = (spread * (CLIP / KEY_LEVELS)).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (sketch / scales[..., None]).round_().clamp_(-KEY_LEVELS, KEY_LEVELS - 1).to(torch.int16) + KEY_LEVELS
+    if width % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    # Offset by 128, the upper four bits are 0 ... 15 for -8 ... 7; signed storage flips the top one.
+    first, second = codes.to(torch.uint8).chunk(2, -1)
+    upper = ((first >> 4) ^ 8) | (((second >> 4) ^ 8) << 4)
+    lower = (first & 15) | ((second & 15) << 4)
+    return KeySketch(torch.stack([upper, lower], -3).flatten(-3), scales)
+
+
+def quantise_queries(values: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
+    """Queries rounded to 8 bits with a scale each, as the kernels multiply them."""
+    scales = (values.abs().amax(-1, keepdim=True) / LARGEST_CODE).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (values / scales).round_() * scales
+
+
+def kept_sub_queries(sub_queries: int, config: SketchWalkConfig) -> int:
+    """Sub-queries per head and block that take part in the scores."""
+    if config.block_score == "mass":
+        return sub_queries
+    return max(1, math.ceil(config.query_keep * sub_queries - 1e-6))
+
+
+def keep_salient(
+    values: Float[Tensor, "batch rows heads sub_queries width"],
+    last_rank: Int[Tensor, "batch rows sub_queries"],
+    config: SketchWalkConfig,
+) -> QuerySketch:
+    """The share `query_keep` of each head's sub-queries: those farthest from their mean, the earlier of two equals.
+
+    What a block asks for apart from its neighbours is asked by few of its queries; the rest ask for much the same.
+    """
+    kept = kept_sub_queries(values.shape[3], config)
+    if kept == values.shape[3]:
+        return QuerySketch(values, last_rank[:, :, None])
+    real = (last_rank >= 0)[:, :, None, :, None]
+    count = real.sum(3, keepdim=True).clamp(min=1)
+    centre = torch.where(real, values, 0.0).sum(3, keepdim=True) / count
+    distance = torch.where(real, values - centre, 0.0).square().sum(-1).masked_fill(~real[..., 0], -1.0)
+    chosen = distance.argsort(dim=-1, descending=True, stable=True)[..., :kept].sort(-1).values
+    ranks = last_rank[:, :, None].expand(-1, -1, values.shape[2], -1).gather(3, chosen)
+    return QuerySketch(values.gather(3, chosen[..., None].expand(*chosen.shape, values.shape[4])), ranks)
 
 
 def block_scores(
-    queries: Float[Tensor, "batch rows heads sub_queries width"],
-    last_rank: Int[Tensor, "batch rows sub_queries"],
+    queries: QuerySketch,
     keys: Float[Tensor, "batch kv_heads sub_keys width"],
     length: Int[Tensor, " batch"],
     *,
@@ -112,15 +221,14 @@ def block_scores(
 ) -> Float[Tensor, "batch selections rows blocks"]:
     """Scores of key blocks for rows of query blocks.
 
-    Softmax of the sketched logits over the causal sub-keys, summed over the sub-keys of a block, then reduced over the
-    row's sub-queries and over heads. Selection is not differentiated: call it under `torch.no_grad`.
+    A sub-query gives a block either the softmax of the block's best sketched logit among the best of all causal blocks
+    (`block_score` "peak"), or the softmax over all causal sub-keys, summed over the block's ("mass"). Scores are then
+    reduced over the row's sub-queries and over heads. Selection is not differentiated: call it under `torch.no_grad`.
 
     Parameters
     ----------
-    queries : torch.Tensor
-        Sketched sub-queries, float32; `heads` is a multiple of `kv_heads`.
-    last_rank : torch.Tensor
-        Rank of the last token that each sub-query stands for; -1 for an empty one, which scores nothing.
+    queries : QuerySketch
+        `heads` is a multiple of `kv_heads`.
     keys : torch.Tensor
         Sketched sub-keys from rank 0 on, float32, whole blocks of them.
     length : torch.Tensor
@@ -133,20 +241,26 @@ def block_scores(
     torch.Tensor
         float32, in [0, 1]; `selections` is 1 or kv_heads; 0 beyond the diagonal.
     """
-    batch, rows, heads, subs, width = queries.shape
+    values, last_rank = queries
+    batch, rows, heads, subs, width = values.shape
     kv_heads, sub_keys = keys.shape[1], keys.shape[2]
-    per_block = config.block_size // config.key_sub_block
-    grouped = queries.unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4, 5)
+    group, per_block = heads // kv_heads, config.block_size // config.key_sub_block
+    grouped = values.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4, 5)
     logits = (grouped.reshape(batch, kv_heads, -1, width) * scale) @ keys.transpose(-1, -2)
-    logits = logits.view(batch, kv_heads, heads // kv_heads, rows, subs, sub_keys)
+    logits = logits.view(batch, kv_heads, group, rows, subs, sub_keys)
+    # [batch, kv_heads or 1, group or 1, rows, subs]
+    ranks = last_rank.unflatten(2, (kv_heads, group) if last_rank.shape[2] > 1 else (1, 1)).permute(0, 2, 3, 1, 4)
     start = torch.arange(open_from, sub_keys, device=keys.device) * config.key_sub_block
-    hidden = start >= length.view(-1, 1, 1, 1)
+    hidden = start >= length.view(-1, 1, 1, 1, 1, 1)
     if causal:
-        hidden = hidden | (start > last_rank[..., None])
-    logits[..., open_from:].masked_fill_(hidden[:, None, None], MASKED)
-    mass = logits.sub_(logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, per_block)).sum(-1)
-    mass /= mass.sum(-1, keepdim=True)
-    full = (last_rank >= 0)[:, None, None, :, :, None]
+        hidden = hidden | (start > ranks[..., None])
+    logits[..., open_from:].masked_fill_(hidden, MASKED)
+    if config.block_score == "peak":
+        mass = logits.unflatten(-1, (-1, per_block)).amax(-1).softmax(-1)
+    else:
+        mass = logits.sub_(logits.amax(-1, keepdim=True)).exp_().unflatten(-1, (-1, per_block)).sum(-1)
+        mass /= mass.sum(-1, keepdim=True)
+    full = (ranks >= 0)[..., None]
     # A row without a visible key would spread its softmax over hidden ones: it scores nothing instead.
     mass = torch.where(full, mass, 0.0)
     if config.reduce == "max":
@@ -213,13 +327,10 @@ class Sketch(nn.Module):
         ends = rank.unflatten(-1, (-1, sub))[..., -1].clamp(max=total - 1)
         last_rank = torch.where(real.unflatten(-1, (-1, sub)).any(-1), ends, -1)
         key_real = torch.arange(keys.shape[2] * size, device=K.device).expand(K.shape[0], 1, -1) < total
-        sketched_keys = sketch_tokens(keys.flatten(2, 3)[:, None], key_real, self.config.key_sub_block, self.config)[
-            :, 0
-        ]
+        sketched_keys = sketch_tokens(keys.flatten(2, 3)[:, None], key_real, self.config.key_sub_block, self.config)
         return block_scores(
-            sketch_tokens(queries, real, sub, self.config),
-            last_rank,
-            sketched_keys,
+            keep_salient(sketch_tokens(queries, real, sub, self.config), last_rank, self.config),
+            sketched_keys[:, 0],
             torch.full((K.shape[0],), total, device=K.device),
             scale=score_scale(self.head_dim, 1.0 / math.sqrt(self.head_dim), self.config),
             config=self.config,

@@ -36,7 +36,7 @@ class LayerSketch:
     """One layer's key sketches, transition rows and recent queries, for a batch of sequences.
 
     Every tensor is indexed by rank (position among a sequence's real tokens), so sequences of a batch may differ in
-    length. The last sub-key, row entry and ring slot of each buffer takes the writes of sequences that have nothing to
+    length. The last block, row entry and ring slot of each buffer takes the writes of sequences that have nothing to
     write.
 
     Parameters
@@ -78,7 +78,7 @@ class LayerSketch:
 
         Parameters
         ----------
-        sketch_shape : (heads, width) of key sketches
+        sketch_shape : (heads, entries of a block's codes)
         ring_shape : (heads, head_dim) of kept queries
         dtype : torch.dtype
             Of the model.
@@ -86,10 +86,10 @@ class LayerSketch:
         if self.codes is not None:
             return
         config = self.config
-        heads, width = sketch_shape
-        int8 = config.key_sketch_bits == 8
-        self.codes = torch.zeros(batch, heads, 1, width, dtype=torch.int8 if int8 else dtype, device=device)
-        if int8:
+        heads, payload = sketch_shape
+        packed = config.key_sketch_bits == 8
+        self.codes = torch.zeros(batch, heads, 1, payload, dtype=torch.uint8 if packed else dtype, device=device)
+        if packed:
             self.scales = torch.zeros(batch, heads, 1, 1, device=device)
         if config.uses_walk:
             selections = heads if config.head_mode == "per_kv_head" else 1
@@ -117,11 +117,10 @@ class LayerSketch:
         self._grow(blocks)
 
     def _grow(self, blocks: int) -> None:
-        per_block = self.config.block_size // self.config.key_sub_block
         assert self.codes is not None
-        self.codes = _grown(self.codes, blocks * per_block, dim=2)
+        self.codes = _grown(self.codes, blocks, dim=2)
         if self.scales is not None:
-            self.scales = _grown(self.scales, blocks * per_block, dim=2)
+            self.scales = _grown(self.scales, blocks, dim=2)
         if self.rows is not None:
             old = packed_size(self.num_blocks)
             self.rows = _grown(self.rows, packed_size(blocks), dim=2)
@@ -134,17 +133,16 @@ class LayerSketch:
     def write_keys(
         self, index: Int[Tensor, "batch n"], real: Bool[Tensor, "batch n"], codes: Tensor, scales: Tensor | None
     ) -> None:
-        """Store sub-key sketches at `index` where `real`; `codes` has shape (batch, heads, n, width)."""
+        """Store the key sketches of the blocks `index` where `real`; `codes` has shape (batch, heads, n, payload)."""
         assert self.codes is not None
         _scatter(self.codes, index, real, codes.to(self.codes.dtype))
         if self.scales is not None and scales is not None:
             _scatter(self.scales, index, real, scales)
 
     def read_keys(self, blocks: int) -> tuple[Tensor, Tensor | None]:
-        """Codes and scales of the sub-keys of the first `blocks` blocks, shape (batch, heads, sub_keys, ...)."""
+        """Codes and scales of the first `blocks` blocks, shape (batch, heads, blocks, ...)."""
         assert self.codes is not None
-        stop = blocks * (self.config.block_size // self.config.key_sub_block)
-        return self.codes[:, :, :stop], None if self.scales is None else self.scales[:, :, :stop]
+        return self.codes[:, :, :blocks], None if self.scales is None else self.scales[:, :, :blocks]
 
     def write_rows(
         self,

@@ -28,8 +28,10 @@ def transition_rows(
     """Rows of T: scores to the power `sparsity_exponent`, normalised to sum 1, in `walk_state_dtype`.
 
     Unnormalised rows (`walk_normalise=False`) are the paper's; their products funnel mass into the earliest blocks.
-    An all-zero row (no queries) stays zero.
+    An all-zero row (no queries) stays zero. Without a walk nothing is composed: rows are the scores as they are.
     """
+    if config.walk == "none":
+        return scores
     scores = scores.to(config.walk_state_dtype)
     if not config.walk_normalise:
         return scores**config.sparsity_exponent

@@ -1,6 +1,6 @@
 """Kernels of stage 6 behind one contract: a `BlockSelection` in, attention out.
 
-`reference` is the specification (torch, any device); `triton` serves GPUs, forward only; `cute` is flash-attn-4 on
+`reference` is the specification (torch, any device); `triton` serves GPUs; `cute` is flash-attn-4 on
 Hopper and newer, for prefill; `dense` is SDPA. "auto" picks and says what it picked; an explicit choice never falls
 back.
 """
@@ -8,6 +8,7 @@ back.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -37,9 +38,6 @@ DECODE_CROSSOVER = {"cpu": 8192, "cuda": 1 << 20}
 # Tokens from which "auto" prefers `cute` to `triton` in prefill, by major compute capability. Nothing shorter than
 # 65,536 tokens has been measured yet.
 CUTE_FROM = {9: 8192}
-
-# Rows of query blocks from which fused scores fill a GPU; a decode step has one, and torch's products spread it.
-LEAST_FUSED_ROWS = 16
 
 
 def dense_crossover(device_type: str, decode: bool = False) -> int:
@@ -132,53 +130,134 @@ def attend(
     return output, "reference"
 
 
-def scores_with_triton(
-    impl: str, query: Tensor, causal: bool, width: int, sub_queries: int, per_block: int, num_rows: int
-) -> bool:
-    """Whether block scores are computed by the Triton kernel, as they are under "cute".
+def sketches_with_triton(impl: str, x: Tensor, config: SketchWalkConfig, width: int) -> bool:
+    """Whether sketches and scores of a call are made by the Triton kernels.
+
+    They serve "peak" scores from 8-bit sketches, reduced by "max"; other rules have the reference alone, whatever
+    `impl` says. `impl` "reference" never takes them, "auto" takes them for tensors on a GPU.
 
     Raises
     ------
     ValueError
-        If `impl` is "triton" or "cute" and it cannot; the message says why.
+        If `impl` asks for kernels that cannot take blocks and sketches of these sizes; the message says why.
     """
-    if impl == "reference" or (impl == "auto" and (not query.is_cuda or num_rows < LEAST_FUSED_ROWS)):
+    if impl == "reference" or (impl == "auto" and not x.is_cuda) or _why_no_triton() is not None:
         return False
-    reason = _why_no_triton() or (None if causal else "it is causal only")
-    if reason is None:
-        from sketch_walk.kernels import triton_scores
+    only_reference = config.block_score != "peak" or config.key_sketch_bits != 8 or config.reduce != "max"
+    if only_reference or config.head_mode == "mean" or not config.use_srht:
+        return False
+    from sketch_walk.kernels import triton_peaks
 
-        reason = triton_scores.supported(width, sub_queries, per_block)
+    kept = max(1, math.ceil(config.query_keep * (config.block_size // config.query_sub_block) - 1e-6))
+    reason = triton_peaks.unsupported(config.block_size, config.query_sub_block, config.key_sub_block, kept, width)
+    if reason is None and x.stride(3) != 1:
+        reason = "the last dimension of query and key must be contiguous"
     if reason is not None and impl != "auto":
         raise ValueError(f"impl {impl!r} cannot run this call: {reason}")
     return reason is None
 
 
-def fused_block_scores(
-    queries: Float[Tensor, "batch rows heads sub_queries width"],
-    last_rank: Int[Tensor, "batch rows sub_queries"],
-    codes: Shaped[Tensor, "batch kv_heads sub_keys width"],
-    scales: Float[Tensor, "batch kv_heads sub_keys 1"] | None,
-    length: Int[Tensor, " batch"],
+def sketch_keys(
+    key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
+    layout: Layout,
+    num_blocks: int,
+    codes: Int[Tensor, "batch kv_heads blocks payload"],
+    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    matrix: Float[Tensor, "head_dim width"],
     *,
-    scale: float,
     config: SketchWalkConfig,
-) -> Float[Tensor, "batch selections rows blocks"]:
-    """`sketch_walk.sketch.block_scores` from stored key sketches, in one Triton kernel."""
-    from sketch_walk.kernels import triton_scores
+    step: float,
+) -> None:
+    """Sketch the keys of the blocks that a call touches into a state's buffers, in one Triton kernel."""
+    from sketch_walk.kernels import triton_sketch
 
-    return triton_scores.block_scores(
-        queries,
-        last_rank,
+    triton_sketch.sketch_keys(
+        key,
+        layout,
+        num_blocks,
         codes,
         scales,
-        length,
-        scale=scale,
-        per_block=config.block_size // config.key_sub_block,
+        matrix,
+        block_size=config.block_size,
         key_sub_block=config.key_sub_block,
-        reduce=config.reduce,
-        per_kv_head=config.head_mode == "per_kv_head",
+        step=step,
     )
+
+
+def peak_scores(
+    query: Shaped[Tensor, "batch heads num_queries head_dim"],
+    layout: Layout,
+    codes: Int[Tensor, "batch kv_heads blocks payload"],
+    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    matrix: Float[Tensor, "head_dim width"],
+    *,
+    scale: float,
+    kept: int,
+    config: SketchWalkConfig,
+) -> Float[Tensor, "batch selections rows blocks"]:
+    """`sketch_walk.sketch.block_scores` of a call, from its queries and the stored key sketches, in Triton."""
+    from sketch_walk.kernels import triton_peaks, triton_select, triton_sketch
+
+    queries = triton_sketch.sketch_queries(
+        query,
+        layout,
+        matrix,
+        block_size=config.block_size,
+        query_sub_block=config.query_sub_block,
+        kept=kept,
+    )
+    per_block, per_head = config.block_size // config.key_sub_block, config.head_mode == "per_kv_head"
+    if query.shape[2] > 1:
+        return triton_peaks.peak_scores(
+            queries,
+            codes,
+            scales,
+            layout.length,
+            scale=scale,
+            per_block=per_block,
+            key_sub_block=config.key_sub_block,
+            per_kv_head=per_head,
+        )
+    peaks = triton_peaks.decode_peaks(
+        queries, codes, scales, layout.length, scale=scale, per_block=per_block, key_sub_block=config.key_sub_block
+    )
+    return triton_select.scores_from_peaks(peaks, kv_heads=codes.shape[1], per_head=per_head)
+
+
+def selects_with_triton(impl: str, scores: Tensor) -> bool:
+    """Whether blocks are selected by the Triton kernel: on a GPU, from float32 scores, unless `impl` is "reference"."""
+    if impl == "reference" or (impl == "auto" and not scores.is_cuda) or _why_no_triton() is not None:
+        return False
+    from sketch_walk.kernels import triton_select
+
+    return triton_select.unsupported(scores) is None
+
+
+def select_rows(
+    scores: Float[Tensor, "batch selections rows blocks"],
+    layout: Layout,
+    row_counts: tuple[Tensor, Tensor, Tensor],
+    *,
+    width: int,
+    block_size: int,
+    per_head: bool,
+) -> tuple[Tensor, Tensor]:
+    """Indices and counts of `sketch_walk.selection.select_blocks`, in one Triton kernel.
+
+    Parameters
+    ----------
+    row_counts : tuple of torch.Tensor
+        `sketch_walk.selection.row_counts`: blocks to read, first and last ones forced.
+    width : int
+        Columns of the page table.
+    """
+    from sketch_walk.kernels import triton_select
+
+    first = layout.first_block(block_size)
+    indices, counts = triton_select.select_rows(
+        scores, first, layout.length, *row_counts, width=width, block_size=block_size, per_head=per_head
+    )
+    return (indices, counts) if per_head else (indices[:, 0], counts[:, 0])
 
 
 def _why_no_triton() -> str | None:
@@ -262,6 +341,9 @@ __all__ = [
     "available",
     "check_impl",
     "dense_crossover",
-    "fused_block_scores",
-    "scores_with_triton",
+    "peak_scores",
+    "select_rows",
+    "selects_with_triton",
+    "sketch_keys",
+    "sketches_with_triton",
 ]

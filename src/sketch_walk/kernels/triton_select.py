@@ -190,11 +190,16 @@ def _from_peaks(
     p_batch, p_head,
     num_blocks, width,
     BLOCK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PART_HEADS: tl.constexpr, TILE: tl.constexpr,
-    COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
+    COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr, CHOOSE: tl.constexpr,
 ):  # fmt: skip
-    """Each block's greatest share over PART_HEADS of a selection's HEADS heads; the choice too if that is all."""
+    """Each block's greatest share over PART_HEADS of a selection's HEADS heads, and the selection if asked to CHOOSE.
+
+    Without a `length` every block is read.
+    """
     part, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row, available = _last_row(length, sequence, num_blocks, BLOCK)
+    row, available = num_blocks - 1, num_blocks
+    if length is not None:
+        row, available = _last_row(length, sequence, num_blocks, BLOCK)
     selection = part // PARTS
     first = selection * HEADS + (part % PARTS) * PART_HEADS
     end = tl.minimum(first + PART_HEADS, (selection + 1) * HEADS)
@@ -211,7 +216,7 @@ def _from_peaks(
         values = tl.maximum(values, tl.max(share, 0))
     place = sequence * tl.num_programs(0) + part
     tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
-    if PARTS == 1:
+    if CHOOSE:
         _choose(
             values, column, row, available, budget, sink, local, indices + place * width, counts + place, width,
             THRESHOLDS, FILL,
@@ -330,38 +335,83 @@ def select_from_peaks(
     ValueError
         As `select_rows`, and for `kv_heads` that do not divide the heads.
     """
-    if peaks.dim() != 3:
-        raise ValueError(f"peaks must have the shape (batch, heads, blocks), got {tuple(peaks.shape)}")
-    batch, heads, blocks = peaks.shape
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"kv_heads must divide the {heads} heads of peaks, got {kv_heads}")
+    shape = _parts(peaks, kv_heads, per_head, part_heads)
     _check(peaks, budget, sink, local, width)
-    selections = kv_heads if per_head else 1
-    own = heads // selections
-    part_heads = split_heads(own) if part_heads is None else min(own, max(1, part_heads))
-    parts = triton.cdiv(own, part_heads)
-    scores = torch.empty(batch, selections, 1, blocks, dtype=torch.float32, device=peaks.device)
+    batch, blocks, selections, parts = peaks.shape[0], peaks.shape[2], shape.selections, shape.parts
+    scores = peaks.new_empty(batch, selections, 1, blocks)
     table, counts = _page_table(peaks, 1, selections, width)
     if not counts.numel():
         return ScoredRows(scores, table, counts)
     columns = triton.next_power_of_2(blocks)
     launch = launch or select_launch(columns, counts.numel(), device_of(peaks.device))
-    shares = scores if parts == 1 else scores.new_empty(batch, selections, parts, blocks)
-    common = {"BLOCK": block_size, "PARTS": parts, "COLUMNS": columns, "FILL": triton.next_power_of_2(width)}
-    tile = min(triton.next_power_of_2(part_heads), max(1, TILE_PEAKS // columns))
+    shares = scores if parts == 1 else peaks.new_empty(batch, selections, parts, blocks)
+    common = {
+        "BLOCK": block_size, "PARTS": parts, "COLUMNS": columns, "THRESHOLDS": launch.thresholds,
+        "FILL": triton.next_power_of_2(width),
+    }  # fmt: skip
     _from_peaks[(selections * parts, batch)](
-        peaks, length, budget, sink, local, shares, table, counts,
-        *peaks.stride()[:2], blocks, width,
-        HEADS=own, PART_HEADS=part_heads, TILE=tile, THRESHOLDS=launch.thresholds, **common,
-        num_warps=min(16, max(1, tile * columns // 1024)) if parts > 1 else max(launch.num_warps, 8),
+        peaks, length, budget, sink, local, shares, table, counts, *peaks.stride()[:2], blocks, width,
+        HEADS=shape.heads, PART_HEADS=shape.part_heads, TILE=shape.tile, CHOOSE=parts == 1, **common,
+        num_warps=max(shape.num_warps, launch.num_warps if parts == 1 else 1),
     )  # fmt: skip
     if parts > 1:
         _select[(1, selections, batch)](
             shares, None, length, budget, sink, local, scores, table, counts,
             *shares.stride()[:2], 0, shares.stride(2), 1, selections, blocks, width,
-            THRESHOLDS=launch.thresholds, **common, num_warps=launch.num_warps,
+            **common, num_warps=launch.num_warps,
         )  # fmt: skip
     return ScoredRows(scores, table, counts)
+
+
+def scores_from_peaks(
+    peaks: Float[Tensor, "batch heads blocks"], *, kv_heads: int, per_head: bool, part_heads: int | None = None
+) -> Float[Tensor, "batch selections 1 blocks"]:
+    """The scores of `select_from_peaks` alone, for a step with a walk between scores and selection.
+
+    Every block is read: `peaks` must be -inf where a block holds no key.
+
+    Raises
+    ------
+    ValueError
+        As `select_from_peaks`.
+    """
+    shape = _parts(peaks, kv_heads, per_head, part_heads)
+    _check_scores(peaks)
+    batch, blocks = peaks.shape[0], peaks.shape[2]
+    shares = peaks.new_empty(batch, shape.selections, shape.parts, blocks)
+    if shares.numel():
+        _from_peaks[(shape.selections * shape.parts, batch)](
+            peaks, None, None, None, None, shares, None, None, *peaks.stride()[:2], blocks, 0,
+            BLOCK=0, HEADS=shape.heads, PARTS=shape.parts, PART_HEADS=shape.part_heads, TILE=shape.tile,
+            COLUMNS=triton.next_power_of_2(blocks), THRESHOLDS=1, FILL=1, CHOOSE=False, num_warps=shape.num_warps,
+        )  # fmt: skip
+    return shares if shape.parts == 1 else shares.amax(2, keepdim=True)
+
+
+class _Parts(NamedTuple):
+    """How the heads of a decode step are shared out among programs."""
+
+    selections: int
+    heads: int
+    part_heads: int
+    parts: int
+    tile: int
+    num_warps: int
+
+
+def _parts(peaks: Tensor, kv_heads: int, per_head: bool, part_heads: int | None) -> _Parts:
+    if peaks.dim() != 3:
+        raise ValueError(f"peaks must have the shape (batch, heads, blocks), got {tuple(peaks.shape)}")
+    _, num_heads, blocks = peaks.shape
+    if kv_heads < 1 or num_heads % kv_heads:
+        raise ValueError(f"kv_heads must divide the {num_heads} heads of peaks, got {kv_heads}")
+    selections = kv_heads if per_head else 1
+    heads = num_heads // selections
+    part_heads = split_heads(heads) if part_heads is None else min(heads, max(1, part_heads))
+    columns = triton.next_power_of_2(blocks)
+    tile = max(1, min(triton.next_power_of_2(part_heads), TILE_PEAKS // columns))
+    warps = min(16, max(1, tile * columns // 1024))
+    return _Parts(selections, heads, part_heads, triton.cdiv(heads, part_heads), tile, warps)
 
 
 def split_heads(heads: int) -> int:
@@ -375,10 +425,14 @@ def _page_table(scores: Tensor, rows: int, selections: int, width: int) -> Selec
     return SelectedRows(torch.empty(*counts.shape, width, dtype=torch.int32, device=scores.device), counts)
 
 
-def _check(scores: Tensor, budget: Tensor, sink: Tensor, local: Tensor, width: int) -> None:
+def _check_scores(scores: Tensor) -> None:
     reason = unsupported(scores)
     if reason is not None:
         raise ValueError(reason)
+
+
+def _check(scores: Tensor, budget: Tensor, sink: Tensor, local: Tensor, width: int) -> None:
+    _check_scores(scores)
     blocks = scores.shape[-1]
     for name, counts in (("budget", budget), ("sink", sink), ("local", local)):
         if counts.shape != (blocks + 1,) or not counts.is_contiguous():

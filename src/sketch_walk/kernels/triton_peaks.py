@@ -1,0 +1,354 @@
+"""Stage 3 in Triton: "peak" block scores from 8-bit sketches, without ever writing the matrix of sub-scores.
+
+Prefill: a fixed set of programs takes tiles of query rows (some heads of some query blocks) in turn. A program
+multiplies its sub-queries with all sub-keys as whole numbers, keeps the best of every key block in a scratch of its
+own, and with the softmax's normaliser known at the end of the row turns that scratch into scores. Decode: one query
+per sequence against the upper four bits of the key sketches.
+
+Equal to `sketch_walk.sketch.block_scores` but for the scratch's rounding to float16.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sketch_walk.kernels.triton_sketch import PackedQueries
+from sketch_walk.kernels.triton_tiles import LOG2_E, device_of, interpreted
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+# Rows that no token fills give a block this many units: far below any product of codes.
+NOTHING = tl.constexpr(-(1 << 30))
+MIDDLE = tl.constexpr(7.5)
+
+
+class PeakLaunch(NamedTuple):
+    """How the prefill kernel runs.
+
+    Parameters
+    ----------
+    rows, columns : int
+        Sub-queries and sub-keys of a tile.
+    per_processor : int
+        Programs per multiprocessor.
+    num_warps, num_stages : int
+        Of a program.
+    max_registers : int, optional
+        Of a thread, where the compiler takes a limit (NVIDIA).
+    """
+
+    rows: int = 128
+    columns: int = 128
+    per_processor: int = 2
+    num_warps: int = 8
+    num_stages: int = 3
+    max_registers: int | None = 128
+
+
+# Blocks of a row whose scratch is turned into scores at a time.
+CHUNK = 64
+
+
+@triton.jit
+def _nibbles(packed):
+    """The two signed four-bit numbers of every byte, as int32."""
+    number = packed.to(tl.int32)
+    return ((number & 15) ^ 8) - 8, ((number >> 4) ^ 8) - 8
+
+
+@triton.jit
+def _unpack(
+    codes, output, c_batch, c_head, c_block, num_blocks, num_tiles,
+    TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """int8 codes of a tile of blocks, sub-key s of block j in row s * TILE_BLOCKS + j; blocks past the last are 0."""
+    tile, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
+    block = tile * TILE_BLOCKS + row % TILE_BLOCKS
+    sub = row // TILE_BLOCKS
+    half = tl.arange(0, PADDED_HALF)
+    start = codes + sequence.to(tl.int64) * c_batch + head.to(tl.int64) * c_head + block.to(tl.int64) * c_block
+    at = start[:, None] + sub[:, None] * HALF + half[None, :]
+    inside = (block < num_blocks)[:, None] & (half < HALF)[None, :]
+    upper_first, upper_second = _nibbles(tl.load(at, mask=inside, other=0))
+    lower = tl.load(at + PER_BLOCK * HALF, mask=inside, other=0).to(tl.int32)
+    first = upper_first * 16 + (lower & 15)
+    second = upper_second * 16 + (lower >> 4)
+    place = (sequence.to(tl.int64) * tl.num_programs(1) + head) * num_tiles + tile
+    to = output + (place * (TILE_BLOCKS * PER_BLOCK) + row)[:, None] * COLUMNS + half[None, :]
+    tl.store(to, first.to(tl.int8), mask=(half < HALF)[None, :] & (row >= 0)[:, None])
+    tl.store(to + HALF, second.to(tl.int8), mask=(half + HALF < COLUMNS)[None, :] & (half < HALF)[None, :])
+
+
+@triton.jit
+def _products(queries, keys, tile, column, TILE: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr):
+    """Products [ROWS, TILE] of a tile of sub-keys."""
+    row = tl.arange(0, TILE)
+    tile_keys = tl.load(keys + (tile * TILE + row)[:, None] * COLUMNS + column[None, :])
+    if WIDEN:
+        products = tl.dot(queries.to(tl.float32), tl.trans(tile_keys.to(tl.float32)), input_precision="ieee")
+        return products.to(tl.int32)
+    return tl.dot(queries, tl.trans(tile_keys), out_dtype=tl.int32)
+
+
+@triton.jit
+def _keep(
+    products, units, key_scales, scratch, best, total, tile, lane, block_column, num_blocks, width,
+    ROWS: tl.constexpr, TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Best logit of every block of a tile: into the scratch, and into the running normaliser."""
+    block = tile * TILE_BLOCKS + block_column
+    peak = tl.max(tl.reshape(products, [ROWS, PER_BLOCK, TILE_BLOCKS]), 1)
+    steps = tl.load(key_scales + block, mask=block < num_blocks, other=0.0)
+    logit = tl.where(peak == NOTHING, -1.0e30, peak.to(tl.float32) * units[:, None] * steps[None, :])
+    now = tl.maximum(best, logit)
+    total = total * tl.exp2(best - now) + tl.exp2(logit - now)
+    tl.store(scratch + lane[:, None] * width + block[None, :], logit.to(tl.float16))
+    return now, total
+
+
+@triton.jit
+def _peaks(
+    query_codes, query_scales, last_rank, keys, key_scales, scratch, scores, length,
+    s_batch, s_head, o_batch, o_selection, o_row,
+    batch, num_rows, num_heads, num_groups, num_blocks, num_tiles, width, scale_log2,
+    GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, KEPT: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, KEY_SUB: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, PER_HEAD: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Tiles of TILE_ROWS query blocks and TILE_HEADS heads of one group, one after the other; later rows first."""
+    BLOCK: tl.constexpr = PER_BLOCK * KEY_SUB
+    TILE: tl.constexpr = PER_BLOCK * TILE_BLOCKS
+    lane = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    block_column = tl.arange(0, TILE_BLOCKS)
+    scratch += tl.program_id(0).to(tl.int64) * ROWS * width
+    head_tiles = num_heads // TILE_HEADS
+    for task in range(tl.program_id(0), num_groups * head_tiles * batch, tl.num_programs(0)):
+        group = num_groups - 1 - task // (head_tiles * batch)
+        head = (task // batch) % head_tiles * TILE_HEADS
+        sequence = task % batch
+        row = group * TILE_ROWS + lane // (KEPT * TILE_HEADS)
+        lane_head = head + lane // KEPT % TILE_HEADS
+        slot = ((sequence.to(tl.int64) * num_rows + row) * num_heads + lane_head) * KEPT + lane % KEPT
+        inside = (row < num_rows) & (lane < TILE_ROWS * TILE_HEADS * KEPT)
+        last = tl.load(last_rank + slot, mask=inside, other=-1)
+        end = tl.load(length + sequence).to(tl.int32)
+        reach = tl.minimum(tl.max(last, 0), end - 1)
+        if reach >= 0:
+            queries = tl.load(
+                query_codes + slot[:, None] * COLUMNS + column[None, :],
+                mask=inside[:, None] & (column >= 0)[None, :],
+                other=0,
+            )
+            units = tl.load(query_scales + slot, mask=inside, other=0.0) * scale_log2
+            kv_head = head // GROUP
+            place = (sequence.to(tl.int64) * (num_heads // GROUP) + kv_head) * num_tiles
+            tile_keys = keys + place * TILE * COLUMNS
+            steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head
+            best = tl.full([ROWS, TILE_BLOCKS], -1.0e30, tl.float32)
+            total = tl.zeros([ROWS, TILE_BLOCKS], tl.float32)
+            # Tiles before this one are seen in full by every sub-query that is one.
+            clear = (tl.min(tl.where(last >= 0, last, 1 << 30), 0) + 1) // (TILE_BLOCKS * BLOCK)
+            tiles = reach // (TILE_BLOCKS * BLOCK) + 1
+            for tile in range(clear):
+                products = _products(queries, tile_keys, tile, column, TILE, COLUMNS, WIDEN)
+                best, total = _keep(
+                    products, units, steps, scratch, best, total, tile, lane, block_column, num_blocks, width,
+                    ROWS, TILE_BLOCKS, PER_BLOCK,
+                )  # fmt: skip
+            for tile in range(clear, tiles):
+                products = _products(queries, tile_keys, tile, column, TILE, COLUMNS, WIDEN)
+                part = tl.arange(0, TILE)
+                start = ((tile * TILE_BLOCKS + part % TILE_BLOCKS) * PER_BLOCK + part // TILE_BLOCKS) * KEY_SUB
+                seen = (start[None, :] <= last[:, None]) & (start < end)[None, :]
+                best, total = _keep(
+                    tl.where(seen, products, NOTHING), units, steps, scratch, best, total, tile, lane, block_column,
+                    num_blocks, width, ROWS, TILE_BLOCKS, PER_BLOCK,
+                )  # fmt: skip
+            top = tl.max(best, 1)
+            normaliser = top + tl.log2(tl.sum(total * tl.exp2(best - top[:, None]), 1))
+            normaliser = tl.where(last >= 0, normaliser, 1.0e30)
+            tl.debug_barrier()
+            selection = kv_head if PER_HEAD else 0
+            first = tl.arange(0, TILE_ROWS)
+            out_row = group * TILE_ROWS + first
+            out = scores + sequence.to(tl.int64) * o_batch + selection * o_selection
+            for chunk in range(tl.cdiv(tiles * TILE_BLOCKS, CHUNK)):
+                block = chunk * CHUNK + tl.arange(0, CHUNK)
+                written = block < tiles * TILE_BLOCKS
+                logit = tl.load(
+                    scratch + lane[:, None] * width + block[None, :],
+                    mask=written[None, :] & (lane >= 0)[:, None],
+                    other=float("-inf"),
+                )
+                excess = logit.to(tl.float32) - normaliser[:, None]
+                of_row = tl.max(tl.reshape(excess, [TILE_ROWS, ROWS // TILE_ROWS, CHUNK]), 1)
+                kept = (out_row < num_rows)[:, None] & (block < num_blocks)[None, :] & written[None, :]
+                tl.atomic_max(
+                    out + out_row.to(tl.int64)[:, None] * o_row + block[None, :], tl.exp2(of_row), mask=kept,
+                    sem="relaxed",
+                )  # fmt: skip
+            tl.debug_barrier()
+
+
+@triton.jit
+def _decode_peaks(
+    query_codes, query_scales, codes, key_scales, length, peaks,
+    c_batch, c_head, c_block, s_batch, s_head, num_heads, num_blocks, scale_log2,
+    GROUP: tl.constexpr, LANES: tl.constexpr, TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
+    KEY_SUB: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Best logit of TILE_BLOCKS blocks for the heads of one group, from the upper four bits."""
+    tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    end = tl.load(length + sequence).to(tl.int32)
+    lane = tl.arange(0, LANES)
+    real = lane < GROUP
+    slot = sequence.to(tl.int64) * num_heads + kv_head * GROUP + lane
+    block_column = tl.arange(0, TILE_BLOCKS)
+    block = tile * TILE_BLOCKS + block_column
+    to = peaks + slot[:, None] * num_blocks + block[None, :]
+    inside = real[:, None] & (block < num_blocks)[None, :]
+    if tile * TILE_BLOCKS * PER_BLOCK * KEY_SUB >= end:
+        tl.store(to, tl.full([LANES, TILE_BLOCKS], float("-inf"), tl.float32), mask=inside)
+        return
+    half = tl.arange(0, PADDED_HALF)
+    start = query_codes + slot[:, None] * COLUMNS + half[None, :]
+    first_queries = tl.load(start, mask=real[:, None] & (half < HALF)[None, :], other=0)
+    second_queries = tl.load(
+        start + HALF, mask=real[:, None] & (half < HALF)[None, :] & (half + HALF < COLUMNS), other=0
+    )
+    row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
+    of_block = tile * TILE_BLOCKS + row % TILE_BLOCKS
+    sub = row // TILE_BLOCKS
+    base = codes + sequence.to(tl.int64) * c_batch + kv_head.to(tl.int64) * c_head
+    at = base + of_block.to(tl.int64)[:, None] * c_block + sub[:, None] * HALF + half[None, :]
+    packed = tl.load(at, mask=(of_block < num_blocks)[:, None] & (half < HALF)[None, :], other=0)
+    first, second = _nibbles(packed)
+    if WIDEN:
+        products = tl.dot(first_queries.to(tl.float32), tl.trans(first.to(tl.float32)), input_precision="ieee")
+        products += tl.dot(second_queries.to(tl.float32), tl.trans(second.to(tl.float32)), input_precision="ieee")
+        products = products.to(tl.int32)
+    else:
+        products = tl.dot(first_queries, tl.trans(first.to(tl.int8)), out_dtype=tl.int32)
+        products += tl.dot(second_queries, tl.trans(second.to(tl.int8)), out_dtype=tl.int32)
+    seen = (of_block * PER_BLOCK + sub) * KEY_SUB < end
+    products = tl.where(seen[None, :], products, NOTHING)
+    peak = tl.max(tl.reshape(products, [LANES, PER_BLOCK, TILE_BLOCKS]), 1)
+    sums = tl.sum(first_queries.to(tl.int32), 1) + tl.sum(second_queries.to(tl.int32), 1)
+    units = tl.load(query_scales + slot, mask=real, other=0.0) * scale_log2
+    steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head + block
+    steps = tl.load(steps, mask=block < num_blocks, other=0.0)
+    logit = (peak.to(tl.float32) * 16.0 + (sums.to(tl.float32) * MIDDLE)[:, None]) * units[:, None] * steps[None, :]
+    tl.store(to, tl.where(peak == NOTHING, float("-inf"), logit), mask=inside)
+
+
+def unsupported(block_size: int, query_sub_block: int, key_sub_block: int, kept: int, width: int) -> str | None:
+    """None if the kernels take sketches of this shape, else the reason why not."""
+    per_block, subs = block_size // key_sub_block, block_size // query_sub_block
+    if any(n & (n - 1) for n in (per_block, subs, kept)):
+        return f"a block must hold powers of two of sub-keys and sub-queries, got {per_block}, {subs} ({kept} kept)"
+    if per_block > PeakLaunch().columns or kept > PeakLaunch().rows:
+        return f"a block must hold at most {PeakLaunch().columns} sub-keys and {PeakLaunch().rows} sub-queries"
+    if not 16 <= width <= 256 or width % 2:
+        return f"sketches must have an even number of 16 to 256 coordinates, got {width}"
+    return None
+
+
+def unpack_keys(
+    codes: Int[Tensor, "batch kv_heads blocks payload"], tile_blocks: int, per_block: int, columns: int
+) -> Int[Tensor, "batch kv_heads tiles sub_keys columns"]:
+    """int8 codes in tiles of `tile_blocks` blocks, sub-key by sub-key, as `_peaks` reads them."""
+    batch, heads, blocks, payload = codes.shape
+    half = payload // (2 * per_block)
+    tiles = triton.cdiv(blocks, tile_blocks)
+    make = torch.empty if 2 * half == columns else torch.zeros
+    output = make(batch, heads, tiles, tile_blocks * per_block, columns, dtype=torch.int8, device=codes.device)
+    _unpack[(tiles, heads, batch)](
+        codes, output, *codes.stride()[:3], blocks, tiles,
+        TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block, HALF=half, PADDED_HALF=triton.next_power_of_2(half),
+        COLUMNS=columns, num_warps=4,
+    )  # fmt: skip
+    return output
+
+
+def peak_scores(
+    queries: PackedQueries,
+    codes: Int[Tensor, "batch kv_heads blocks payload"],
+    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    length: Int[Tensor, " batch"],
+    *,
+    scale: float,
+    per_block: int,
+    key_sub_block: int,
+    per_kv_head: bool,
+    launch: PeakLaunch | None = None,
+) -> Float[Tensor, "batch selections rows blocks"]:
+    """As `sketch_walk.sketch.block_scores` with "peak", "max" and the causal order. No host synchronisation.
+
+    Beyond its result it takes one scratch per running program (float16, `launch.rows` by blocks) and the keys' codes
+    as bytes.
+    """
+    launch = launch or PeakLaunch()
+    batch, rows, heads, kept, columns = queries.codes.shape
+    kv_heads, blocks = codes.shape[1], codes.shape[2]
+    group = heads // kv_heads
+    tile_blocks = max(1, launch.columns // per_block)
+    keys = unpack_keys(codes, tile_blocks, per_block, columns)
+    tile_heads = max(h for h in range(1, group + 1) if group % h == 0 and h & (h - 1) == 0 and h * kept <= launch.rows)
+    tile_rows = max(1, min(launch.rows // (tile_heads * kept), triton.next_power_of_2(rows)))
+    lanes = max(16, tile_rows * tile_heads * kept)
+    if lanes > tile_rows * tile_heads * kept:
+        tile_rows = lanes // (tile_heads * kept)
+    groups = triton.cdiv(rows, tile_rows)
+    processors = device_of(codes.device).processors
+    programs = min(groups * (heads // tile_heads) * batch, processors * launch.per_processor)
+    width = triton.cdiv(keys.shape[2] * tile_blocks, CHUNK) * CHUNK
+    scratch = torch.empty(programs, lanes, width, dtype=torch.float16, device=codes.device)
+    scores = torch.zeros(batch, kv_heads if per_kv_head else 1, rows, blocks, dtype=torch.float32, device=codes.device)
+    limit = {} if launch.max_registers is None or torch.version.hip else {"maxnreg": launch.max_registers}
+    _peaks[(programs,)](
+        *queries, keys, scales, scratch, scores, length, *scales.stride()[:2], *scores.stride()[:3],
+        batch, rows, heads, groups, blocks, keys.shape[2], width, scale * LOG2_E,
+        GROUP=group, TILE_HEADS=tile_heads, KEPT=kept, TILE_ROWS=tile_rows, ROWS=lanes, TILE_BLOCKS=tile_blocks,
+        PER_BLOCK=per_block, KEY_SUB=key_sub_block, COLUMNS=columns, CHUNK=CHUNK, PER_HEAD=per_kv_head,
+        WIDEN=interpreted(), num_warps=launch.num_warps, num_stages=launch.num_stages, **limit,
+    )  # fmt: skip
+    return scores
+
+
+def decode_peaks(
+    queries: PackedQueries,
+    codes: Int[Tensor, "batch kv_heads blocks payload"],
+    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    length: Int[Tensor, " batch"],
+    *,
+    scale: float,
+    per_block: int,
+    key_sub_block: int,
+) -> Float[Tensor, "batch heads blocks"]:
+    """Best logit of every block for the one query of every sequence, in units of log 2; -inf where no key is.
+
+    Reads half of the key sketches: the upper four bits.
+    """
+    batch, _, heads, _, columns = queries.codes.shape
+    kv_heads, blocks = codes.shape[1], codes.shape[2]
+    half = codes.shape[3] // (2 * per_block)
+    group = heads // kv_heads
+    tile_blocks = max(1, 256 // per_block)
+    peaks = torch.empty(batch, heads, blocks, dtype=torch.float32, device=codes.device)
+    _decode_peaks[(triton.cdiv(blocks, tile_blocks), kv_heads, batch)](
+        queries.codes, queries.scales, codes, scales, length, peaks,
+        *codes.stride()[:3], *scales.stride()[:2], heads, blocks, scale * LOG2_E,
+        GROUP=group, LANES=max(16, triton.next_power_of_2(group)), TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block,
+        KEY_SUB=key_sub_block, COLUMNS=columns, HALF=half, PADDED_HALF=max(32, triton.next_power_of_2(half)),
+        WIDEN=interpreted(), num_warps=4,
+    )  # fmt: skip
+    return peaks

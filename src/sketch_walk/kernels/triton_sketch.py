@@ -1,0 +1,275 @@
+"""Stages 1 and 2 in Triton: means of sub-blocks, rotated, rounded to 8 bits, in one read of the queries and keys.
+
+Equal to `sketch_walk.sketch` (`sketch_tokens`, `quantise_keys`, `keep_salient`, `quantise_queries`) but for the
+rounding of products, which may move a code by one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sketch_walk.kernels.triton_tiles import interpreted, padded_dim
+from sketch_walk.layout import Layout
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
+
+
+# Means of one program: rows of its product with the rotation.
+LANES = 64
+
+
+class PackedQueries(NamedTuple):
+    """Sub-queries that take part in the scores, as the score kernels multiply them.
+
+    Parameters
+    ----------
+    codes : torch.Tensor
+        int8, shape (batch, rows, heads, kept, width), width padded with zeros to a power of two.
+    scales : torch.Tensor
+        float32, shape (batch, rows, heads, kept).
+    last_rank : torch.Tensor
+        int32, shape (batch, rows, heads, kept): rank of the last token of each, -1 for none.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    last_rank: Tensor
+
+
+@triton.jit
+def _means(
+    base, index, sequence, start, first_slot, end, token_stride, num_index, dim,
+    TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, SUB: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """Means [TILE * RUNS, PADDED_DIM] of runs of SUB tokens, and which of them hold a real token.
+
+    The tile's first block begins at rank `start`; every block has PER_BLOCK runs, of RUNS lanes. The token of rank r
+    stands in slot r - first_slot; slots below 0 and ranks from `end` on are not real.
+    """
+    lane = tl.arange(0, TILE * RUNS)
+    rank0 = start + (lane // RUNS) * (PER_BLOCK * SUB) + (lane % RUNS) * SUB
+    total = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
+    count = tl.zeros([TILE * RUNS], tl.float32)
+    for step in tl.static_range(SUB):
+        slot = rank0 + step - first_slot
+        real = (slot >= 0) & (rank0 + step < end) & (lane % RUNS < PER_BLOCK)
+        if INDEXED:
+            at = tl.load(index + sequence.to(tl.int64) * num_index + slot, mask=real, other=0)
+        else:
+            at = slot.to(tl.int64)
+        tokens = tl.load(
+            base + at[:, None] * token_stride + dim[None, :],
+            mask=real[:, None] & (dim < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        total += tokens.to(tl.float32)
+        count += real.to(tl.float32)
+    return total / tl.maximum(count, 1.0)[:, None], count > 0.0
+
+
+@triton.jit
+def _rotate(means, matrix, dim, column, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """means [rows, PADDED_DIM] times columns `column` of the sketch matrix [HEAD_DIM, WIDTH]."""
+    part = tl.load(
+        matrix + dim[:, None] * WIDTH + column[None, :],
+        mask=(dim < HEAD_DIM)[:, None] & (column < WIDTH)[None, :],
+        other=0.0,
+    )
+    return tl.dot(means, part, input_precision=PRECISION)
+
+
+@triton.jit
+def _sketch_keys(
+    key, key_index, past, length, matrix, codes, scales,
+    k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    PADDED_HALF: tl.constexpr, INDEXED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of TILE blocks of one head."""
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    end = tl.load(length + sequence).to(tl.int32)
+    first_block = tl.load(past + sequence).to(tl.int32) // BLOCK + tl.program_id(0) * TILE
+    if first_block * BLOCK >= end:
+        return
+    dim = tl.arange(0, PADDED_DIM)
+    base = key + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
+    means, real = _means(
+        base, key_index, sequence, first_block * BLOCK, 0, end, k_token, num_keys, dim,
+        TILE, RUNS, PER_BLOCK, BLOCK // PER_BLOCK, HEAD_DIM, PADDED_DIM, INDEXED,
+    )  # fmt: skip
+    half = tl.arange(0, PADDED_HALF)
+    first = _rotate(means, matrix, dim, half, HEAD_DIM, WIDTH, PRECISION)
+    second = _rotate(means, matrix, dim, half + HALF, HEAD_DIM, WIDTH, PRECISION)
+    first = tl.where((half < HALF)[None, :], first, 0.0)
+    second = tl.where((half < HALF)[None, :], second, 0.0)
+    squares = tl.sum(tl.reshape(tl.sum(first * first, 1) + tl.sum(second * second, 1), [TILE, RUNS]), 1)
+    count = tl.sum(tl.reshape(real.to(tl.float32), [TILE, RUNS]), 1)
+    scale = tl.maximum(tl.sqrt(squares / (tl.maximum(count, 1.0) * WIDTH)) * step_of_spread, 1.1754944e-38)
+    of_lane = tl.reshape(tl.broadcast_to(scale[:, None], [TILE, RUNS]), [TILE * RUNS])[:, None]
+    # Rounds halves up where torch rounds them to even: a tie of float32 quotients.
+    low = tl.minimum(tl.maximum(tl.floor(first / of_lane + 0.5), -128.0), 127.0).to(tl.int32) + 128
+    high = tl.minimum(tl.maximum(tl.floor(second / of_lane + 0.5), -128.0), 127.0).to(tl.int32) + 128
+    upper = ((low >> 4) ^ 8) | (((high >> 4) ^ 8) << 4)
+    lower = (low & 15) | ((high & 15) << 4)
+    lane = tl.arange(0, TILE * RUNS)
+    block = first_block + lane // RUNS
+    to = codes + sequence.to(tl.int64) * c_batch + head.to(tl.int64) * c_head
+    at = block.to(tl.int64)[:, None] * c_block + (lane % RUNS)[:, None] * HALF + half[None, :]
+    inside = ((lane % RUNS < PER_BLOCK) & (block * BLOCK < end))[:, None] & (half < HALF)[None, :]
+    tl.store(to + at, upper.to(tl.uint8), mask=inside)
+    tl.store(to + PER_BLOCK * HALF + at, lower.to(tl.uint8), mask=inside)
+    tile_block = first_block + tl.arange(0, TILE)
+    to_scale = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head
+    tl.store(to_scale + tile_block.to(tl.int64) * s_block, scale, mask=tile_block * BLOCK < end)
+
+
+@triton.jit
+def _sketch_queries(
+    query, query_index, past, length, matrix, codes, scales, last_rank,
+    q_batch, q_head, q_token, num_rows, num_queries,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, KEPT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    INDEXED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The KEPT most salient sub-queries of each of TILE query blocks of one head, rounded."""
+    SUB: tl.constexpr = BLOCK // PER_BLOCK
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    end = tl.load(length + sequence).to(tl.int32)
+    seen = tl.load(past + sequence).to(tl.int32)
+    first_row = tl.program_id(0) * TILE
+    start = (seen // BLOCK + first_row) * BLOCK
+    dim = tl.arange(0, PADDED_DIM)
+    base = query + sequence.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
+    means, real = _means(
+        base, query_index, sequence, start, seen, end, q_token, num_queries, dim,
+        TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED,
+    )  # fmt: skip
+    column = tl.arange(0, COLUMNS)
+    values = _rotate(means, matrix, dim, column, HEAD_DIM, WIDTH, PRECISION)
+    lane = tl.arange(0, TILE * RUNS)
+    run = tl.arange(0, RUNS)
+    of_block = tl.broadcast_to((run < PER_BLOCK)[None, :], [TILE, RUNS])
+    kept = of_block
+    place = tl.broadcast_to(run[None, :], [TILE, RUNS])
+    if KEPT < PER_BLOCK:
+        real_runs = tl.reshape(real, [TILE, RUNS])
+        grouped = tl.reshape(values, [TILE, RUNS, COLUMNS])
+        count = tl.maximum(tl.sum(real_runs.to(tl.float32), 1), 1.0)
+        centre = tl.sum(grouped, 1) / count[:, None]
+        apart = grouped - centre[:, None, :]
+        distance = tl.where(real_runs, tl.sum(apart * apart, 2), -1.0)
+        # Equal to a stable descending sort: how many come before each. Kept ones stay in the order of their tokens.
+        mine, other = distance[:, :, None], distance[:, None, :]
+        before = (other > mine) | ((other == mine) & (run[None, None, :] < run[None, :, None]))
+        ahead = tl.sum((before & (run < PER_BLOCK)[None, None, :]).to(tl.int32), 2)
+        kept = (ahead < KEPT) & of_block
+        place = tl.cumsum(kept.to(tl.int32), 1) - 1
+    kept_lane = tl.reshape(kept, [TILE * RUNS]) & (first_row + lane // RUNS < num_rows)
+    place_lane = tl.reshape(place, [TILE * RUNS])
+    scale = tl.maximum(tl.max(tl.abs(values), 1) / 127.0, 1.1754944e-38)
+    rounded = tl.floor(values / scale[:, None] + 0.5).to(tl.int8)
+    last = tl.minimum(start + (lane // RUNS) * BLOCK + (lane % RUNS) * SUB + SUB - 1, end - 1)
+    row = sequence.to(tl.int64) * num_rows + first_row + lane // RUNS
+    slot = (row * tl.num_programs(1) + head) * KEPT + place_lane
+    tl.store(
+        codes + slot[:, None] * COLUMNS + column[None, :], rounded, mask=kept_lane[:, None] & (column >= 0)[None, :]
+    )
+    tl.store(scales + slot, scale, mask=kept_lane)
+    tl.store(last_rank + slot, tl.where(real, last, -1), mask=kept_lane)
+
+
+def sketch_keys(
+    key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
+    layout: Layout,
+    num_blocks: int,
+    codes: Shaped[Tensor, "batch kv_heads blocks payload"],
+    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    matrix: Float[Tensor, "head_dim width"],
+    *,
+    block_size: int,
+    key_sub_block: int,
+    step: float,
+) -> None:
+    """Write codes and scales of the blocks that the call touches, from each sequence's first open one on.
+
+    Parameters
+    ----------
+    num_blocks : int
+        Blocks that the call touches in the sequence where it touches most.
+    codes, scales : torch.Tensor
+        The state's buffers, written in place (`sketch_walk.sketch.KeySketch`).
+    matrix : torch.Tensor
+        Rotation, float32.
+    step : float
+        Step size of a code in units of its block's root mean square.
+    """
+    if not num_blocks:
+        return
+    batch, heads, num_keys, head_dim = key.shape
+    per_block, width = block_size // key_sub_block, matrix.shape[1]
+    half = (width + 1) // 2
+    tile, runs = _tile(per_block, num_blocks)
+    _sketch_keys[(triton.cdiv(num_blocks, tile), heads, batch)](
+        key, layout.key_index, layout.past, layout.length, matrix, codes, scales,
+        *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step,
+        BLOCK=block_size, TILE=tile, RUNS=runs, PER_BLOCK=per_block, HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim(head_dim), WIDTH=width, HALF=half, PADDED_HALF=max(16, triton.next_power_of_2(half)),
+        INDEXED=layout.key_index is not None, PRECISION=_precision(), num_warps=8 if tile * runs >= LANES else 4,
+    )  # fmt: skip
+
+
+def sketch_queries(
+    query: Shaped[Tensor, "batch heads num_queries head_dim"],
+    layout: Layout,
+    matrix: Float[Tensor, "head_dim width"],
+    *,
+    block_size: int,
+    query_sub_block: int,
+    kept: int,
+) -> PackedQueries:
+    """The `kept` most salient sub-queries per head of every query block of the call.
+
+    A call of one query per sequence has one row and one sub-query.
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    if num_queries == 1:
+        block_size = query_sub_block = kept = 1
+    rows = layout.num_query_blocks(block_size)
+    per_block, width = block_size // query_sub_block, matrix.shape[1]
+    columns = max(32, triton.next_power_of_2(width))
+    shape = (batch, rows, heads, kept)
+    packed = PackedQueries(
+        torch.empty(*shape, columns, dtype=torch.int8, device=query.device),
+        torch.empty(shape, dtype=torch.float32, device=query.device),
+        torch.empty(shape, dtype=torch.int32, device=query.device),
+    )
+    if rows:
+        tile, runs = _tile(per_block, rows)
+        _sketch_queries[(triton.cdiv(rows, tile), heads, batch)](
+            query, layout.query_index, layout.past, layout.length, matrix, *packed,
+            *query.stride()[:3], rows, num_queries,
+            BLOCK=block_size, TILE=tile, RUNS=runs, PER_BLOCK=per_block, KEPT=kept, HEAD_DIM=head_dim,
+            PADDED_DIM=padded_dim(head_dim), WIDTH=width, COLUMNS=columns, INDEXED=layout.query_index is not None,
+            PRECISION=_precision(), num_warps=8 if tile * runs >= LANES else 4,
+        )  # fmt: skip
+    return packed
+
+
+def _tile(per_block: int, blocks: int) -> tuple[int, int]:
+    """Blocks of one program and lanes of each: 64 means at once, as few as 16 where the call has few blocks."""
+    runs = triton.next_power_of_2(per_block)
+    tile = max(1, min(LANES // runs, triton.next_power_of_2(blocks)))
+    return max(tile, 16 // runs), runs
+
+
+def _precision() -> str:
+    """Of float32 products: codes have 8 bits, so that tf32 moves few of them, by one."""
+    return "ieee" if interpreted() or torch.version.hip else "tf32"
