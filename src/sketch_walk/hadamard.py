@@ -121,17 +121,17 @@ class HadamardTransform(nn.Module):
 
 
 def sketch_matrix(
-    head_dim: int, sketch_dim: int, seed: int, device: torch.device
+    head_dim: int, sketch_dim: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "head_dim sketch_dim"]:
-    """`HadamardTransform` as one float32 matrix: at the head dimensions of attention one product beats log n passes."""
-    return _sketch_matrix(head_dim, sketch_dim, seed, device)
+    """`HadamardTransform` as one matrix: at the head dimensions of attention one product beats log n passes."""
+    return _sketch_matrix(head_dim, sketch_dim, seed, device, dtype)
 
 
 @lru_cache(maxsize=64)
-def _sketch_matrix(head_dim: int, sketch_dim: int, seed: int, device: torch.device) -> Tensor:
+def _sketch_matrix(head_dim: int, sketch_dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         identity = torch.eye(head_dim, dtype=torch.float64)
-        return HadamardTransform(head_dim, sketch_dim, seed)(identity).to(device, torch.float32)
+        return HadamardTransform(head_dim, sketch_dim, seed)(identity).to(device, dtype)
 
 
 def _binary_parts(n: int) -> list[int]:

@@ -71,7 +71,7 @@ def absorb_keys(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor, 
     if kernels.sketches_with_triton(impl, key, config, width):
         assert state.codes is not None
         assert state.scales is not None
-        matrix = rotation(key.shape[3], config, key.device)
+        matrix = rotation(key.shape[3], config, key.device, kernels.product_dtype())
         kernels.sketch_keys(
             key, layout, total, state.codes, state.scales, matrix, config=config, step=CLIP / KEY_LEVELS
         )
@@ -104,9 +104,9 @@ def call_scores(
     num_rows = layout.num_query_blocks(size)
     blocks = -(-layout.max_length // size)
     kv_heads = state.codes.shape[1] if state.codes is not None else 1
-    scores = query.new_zeros(batch, selection_heads(kv_heads, config), num_rows, blocks, dtype=torch.float32)
-    if not scores.numel():
-        return scores
+    shape = (batch, selection_heads(kv_heads, config), num_rows, blocks)
+    if 0 in shape:
+        return query.new_zeros(shape, dtype=torch.float32)
     sketch = KeySketch(*state.read_keys(blocks))
     score_factor = score_scale(head_dim, scale, config)
     width = feature_width(head_dim, config)
@@ -118,11 +118,12 @@ def call_scores(
             layout,
             sketch.codes,
             sketch.scales,
-            rotation(head_dim, config, query.device),
+            rotation(head_dim, config, query.device, kernels.product_dtype()),
             scale=score_factor,
             kept=kept,
             config=config,
         )
+    scores = query.new_zeros(shape, dtype=torch.float32)
     least, most = layout.first_block_range(size)
     per_block = size // config.key_sub_block
     keys = sketch.dequantise(per_block, width, upper_only=num_queries == 1)

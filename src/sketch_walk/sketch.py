@@ -32,9 +32,10 @@ class KeySketch(NamedTuple):
     Parameters
     ----------
     codes : torch.Tensor
-        Shape (..., blocks, payload). With 8 bits: uint8, first the upper four bits of every coordinate of the block's
-        sub-keys, then the lower four, so that a decode step reads the first half alone; a byte holds coordinate i in
-        its lower and coordinate i + width / 2 in its upper half. Else the values themselves, sub-key after sub-key.
+        Shape (..., blocks, payload). With 8 bits: uint8, codes plus 128, first the upper four bits of every coordinate
+        of the block's sub-keys, then the lower four, so that a decode step reads the first half alone; a byte holds
+        coordinate i in its lower and coordinate i + width / 2 in its upper half. Else the values themselves, sub-key
+        after sub-key.
     scales : torch.Tensor, optional
         float32, shape (..., blocks, 1): one step size per block; None with 16 bits.
     """
@@ -50,12 +51,11 @@ class KeySketch(NamedTuple):
             return self.codes.unflatten(-1, (per_block, width)).float(), None
         half = packed_width(width)
         upper, lower = self.codes.unflatten(-1, (2, per_block, half)).unbind(-3)
-        # Signed: 0 ... 15 stand for -8 ... 7.
-        high = torch.cat([upper & 15, upper >> 4], -1)[..., :width].float()
-        high = torch.where(high > 7, high - 16, high) * 16
+        # Nibbles of the code plus 128.
+        codes = torch.cat([upper & 15, upper >> 4], -1)[..., :width].float() * 16 - KEY_LEVELS
         if upper_only:
-            return high + MIDDLE, self.scales
-        return high + torch.cat([lower & 15, lower >> 4], -1)[..., :width].float(), self.scales
+            return codes + MIDDLE, self.scales
+        return codes + torch.cat([lower & 15, lower >> 4], -1)[..., :width].float(), self.scales
 
     def dequantise(self, per_block: int, width: int, upper_only: bool = False) -> Float[Tensor, "... sub_keys width"]:
         """Sketched sub-keys in float32."""
@@ -105,9 +105,11 @@ def feature_width(head_dim: int, config: SketchWalkConfig) -> int:
     return sketch_width(head_dim, config.sketch_dim) if config.use_srht else head_dim
 
 
-def rotation(head_dim: int, config: SketchWalkConfig, device: torch.device) -> Float[Tensor, "head_dim width"]:
-    """The feature-space sketch as a matrix, float32."""
-    return sketch_matrix(head_dim, config.sketch_dim, config.hadamard_seed, device)
+def rotation(
+    head_dim: int, config: SketchWalkConfig, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "head_dim width"]:
+    """The feature-space sketch as a matrix."""
+    return sketch_matrix(head_dim, config.sketch_dim, config.hadamard_seed, device, dtype)
 
 
 def score_scale(head_dim: int, attention_scale: float, config: SketchWalkConfig) -> float:
@@ -168,9 +170,8 @@ def quantise_keys(
     codes = (sketch / scales[..., None]).round_().clamp_(-KEY_LEVELS, KEY_LEVELS - 1).to(torch.int16) + KEY_LEVELS
     if width % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
-    # Offset by 128, the upper four bits are 0 ... 15 for -8 ... 7; signed storage flips the top one.
     first, second = codes.to(torch.uint8).chunk(2, -1)
-    upper = ((first >> 4) ^ 8) | (((second >> 4) ^ 8) << 4)
+    upper = (first >> 4) | (second & 240)
     lower = (first & 15) | ((second & 15) << 4)
     return KeySketch(torch.stack([upper, lower], -3).flatten(-3), scales)
 
@@ -203,7 +204,9 @@ def keep_salient(
     real = (last_rank >= 0)[:, :, None, :, None]
     count = real.sum(3, keepdim=True).clamp(min=1)
     centre = torch.where(real, values, 0.0).sum(3, keepdim=True) / count
-    distance = torch.where(real, values - centre, 0.0).square().sum(-1).masked_fill(~real[..., 0], -1.0)
+    distance = torch.where(real, values - centre, 0.0).square().sum(-1)
+    # Two are equally far from their mean: left to rounding, which of them is kept would depend on the device.
+    distance = distance.masked_fill(count[..., 0] == 2, 0.0).masked_fill(~real[..., 0], -1.0)
     chosen = distance.argsort(dim=-1, descending=True, stable=True)[..., :kept].sort(-1).values
     ranks = last_rank[:, :, None].expand(-1, -1, values.shape[2], -1).gather(3, chosen)
     return QuerySketch(values.gather(3, chosen[..., None].expand(*chosen.shape, values.shape[4])), ranks)

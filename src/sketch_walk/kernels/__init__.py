@@ -157,6 +157,11 @@ def sketches_with_triton(impl: str, x: Tensor, config: SketchWalkConfig, width: 
     return reason is None
 
 
+def product_dtype() -> torch.dtype:
+    """Of the rotation in the sketch kernels: bfloat16 moves few 8-bit codes, by one; the interpreter takes float32."""
+    return torch.float32 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
+
+
 def sketch_keys(
     key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
     layout: Layout,
@@ -342,6 +347,7 @@ __all__ = [
     "check_impl",
     "dense_crossover",
     "peak_scores",
+    "product_dtype",
     "select_rows",
     "selects_with_triton",
     "sketch_keys",

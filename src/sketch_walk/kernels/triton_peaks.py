@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sketch_walk.kernels.triton_sketch import PackedQueries
-from sketch_walk.kernels.triton_tiles import LOG2_E, device_of, interpreted
+from sketch_walk.kernels.triton_tiles import HIDDEN, LOG2_E, device_of, interpreted
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -43,10 +43,10 @@ class PeakLaunch(NamedTuple):
         Of a thread, where the compiler takes a limit (NVIDIA).
     """
 
-    rows: int = 128
+    rows: int = 64
     columns: int = 128
-    per_processor: int = 2
-    num_warps: int = 8
+    per_processor: int = 4
+    num_warps: int = 4
     num_stages: int = 3
     max_registers: int | None = 128
 
@@ -56,10 +56,15 @@ CHUNK = 64
 
 
 @triton.jit
-def _nibbles(packed):
-    """The two signed four-bit numbers of every byte, as int32."""
-    number = packed.to(tl.int32)
-    return ((number & 15) ^ 8) - 8, ((number >> 4) ^ 8) - 8
+def _nibbles(packed, ASM: tl.constexpr):
+    """The lower and the upper four bits of every byte, 0 ... 15, as int8."""
+    if ASM:
+        # Four bytes at a time.
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 $0, $2, 0x0F0F0F0F; shr.u32 t, $2, 4; and.b32 $1, t, 0x0F0F0F0F; }",
+            "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+        )  # fmt: skip
+    return (packed & 15).to(tl.int8), (packed >> 4).to(tl.int8)
 
 
 @triton.jit
@@ -77,10 +82,10 @@ def _unpack(
     start = codes + sequence.to(tl.int64) * c_batch + head.to(tl.int64) * c_head + block.to(tl.int64) * c_block
     at = start[:, None] + sub[:, None] * HALF + half[None, :]
     inside = (block < num_blocks)[:, None] & (half < HALF)[None, :]
-    upper_first, upper_second = _nibbles(tl.load(at, mask=inside, other=0))
+    upper = tl.load(at, mask=inside, other=0).to(tl.int32)
     lower = tl.load(at + PER_BLOCK * HALF, mask=inside, other=0).to(tl.int32)
-    first = upper_first * 16 + (lower & 15)
-    second = upper_second * 16 + (lower >> 4)
+    first = (upper & 15) * 16 + (lower & 15) - 128
+    second = (upper & 240) + (lower >> 4) - 128
     place = (sequence.to(tl.int64) * tl.num_programs(1) + head) * num_tiles + tile
     to = output + (place * (TILE_BLOCKS * PER_BLOCK) + row)[:, None] * COLUMNS + half[None, :]
     tl.store(to, first.to(tl.int8), mask=(half < HALF)[None, :] & (row >= 0)[:, None])
@@ -99,19 +104,34 @@ def _products(queries, keys, tile, column, TILE: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def _keep(
-    products, units, key_scales, scratch, best, total, tile, lane, block_column, num_blocks, width,
-    ROWS: tl.constexpr, TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Best logit of every block of a tile: into the scratch, and into the running normaliser."""
-    block = tile * TILE_BLOCKS + block_column
+def _logits(products, units, key_scales, block, num_blocks, ROWS: tl.constexpr, PER_BLOCK: tl.constexpr,
+            TILE_BLOCKS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Best logit [ROWS, TILE_BLOCKS] of every block of a tile."""
     peak = tl.max(tl.reshape(products, [ROWS, PER_BLOCK, TILE_BLOCKS]), 1)
     steps = tl.load(key_scales + block, mask=block < num_blocks, other=0.0)
-    logit = tl.where(peak == NOTHING, -1.0e30, peak.to(tl.float32) * units[:, None] * steps[None, :])
-    now = tl.maximum(best, logit)
-    total = total * tl.exp2(best - now) + tl.exp2(logit - now)
-    tl.store(scratch + lane[:, None] * width + block[None, :], logit.to(tl.float16))
-    return now, total
+    logit = peak.to(tl.float32) * (units[:, None] * steps[None, :])
+    if MASKED:
+        logit = tl.where(peak == NOTHING, HIDDEN, logit)
+    return logit
+
+
+@triton.jit
+def _keep(logit, base, total, to, block, CLAMP: tl.constexpr):
+    """Logits over the row's base: into the scratch, and into the sum of their powers."""
+    excess = logit - base[:, None]
+    if CLAMP:
+        excess = tl.maximum(excess, -60000.0)
+    tl.store(to + block[None, :], excess.to(tl.float16))
+    return total + tl.exp2(tl.minimum(excess, 120.0))
+
+
+@triton.jit
+def _hide(products, tile, last, end, TILE: tl.constexpr, TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
+          KEY_SUB: tl.constexpr):  # fmt: skip
+    """NOTHING for sub-keys that a sub-query may not see."""
+    part = tl.arange(0, TILE)
+    start = ((tile * TILE_BLOCKS + part % TILE_BLOCKS) * PER_BLOCK + part // TILE_BLOCKS) * KEY_SUB
+    return tl.where((start[None, :] <= last[:, None]) & (start < end)[None, :], products, NOTHING)
 
 
 @triton.jit
@@ -153,28 +173,27 @@ def _peaks(
             place = (sequence.to(tl.int64) * (num_heads // GROUP) + kv_head) * num_tiles
             tile_keys = keys + place * TILE * COLUMNS
             steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head
-            best = tl.full([ROWS, TILE_BLOCKS], -1.0e30, tl.float32)
+            # Powers are taken over the first sub-key's logit, which takes out what all keys have in common: only logits
+            # 120 and more above it are cut.
+            first_key = tl.load(tile_keys + column).to(tl.float32)
+            base = tl.sum(queries.to(tl.float32) * first_key[None, :], 1) * units * tl.load(steps)
             total = tl.zeros([ROWS, TILE_BLOCKS], tl.float32)
+            to = scratch + lane[:, None] * width
             # Tiles before this one are seen in full by every sub-query that is one.
             clear = (tl.min(tl.where(last >= 0, last, 1 << 30), 0) + 1) // (TILE_BLOCKS * BLOCK)
             tiles = reach // (TILE_BLOCKS * BLOCK) + 1
             for tile in range(clear):
+                block = tile * TILE_BLOCKS + block_column
                 products = _products(queries, tile_keys, tile, column, TILE, COLUMNS, WIDEN)
-                best, total = _keep(
-                    products, units, steps, scratch, best, total, tile, lane, block_column, num_blocks, width,
-                    ROWS, TILE_BLOCKS, PER_BLOCK,
-                )  # fmt: skip
+                logit = _logits(products, units, steps, block, num_blocks, ROWS, PER_BLOCK, TILE_BLOCKS, False)
+                total = _keep(logit, base, total, to, block, WIDEN)
             for tile in range(clear, tiles):
+                block = tile * TILE_BLOCKS + block_column
                 products = _products(queries, tile_keys, tile, column, TILE, COLUMNS, WIDEN)
-                part = tl.arange(0, TILE)
-                start = ((tile * TILE_BLOCKS + part % TILE_BLOCKS) * PER_BLOCK + part // TILE_BLOCKS) * KEY_SUB
-                seen = (start[None, :] <= last[:, None]) & (start < end)[None, :]
-                best, total = _keep(
-                    tl.where(seen, products, NOTHING), units, steps, scratch, best, total, tile, lane, block_column,
-                    num_blocks, width, ROWS, TILE_BLOCKS, PER_BLOCK,
-                )  # fmt: skip
-            top = tl.max(best, 1)
-            normaliser = top + tl.log2(tl.sum(total * tl.exp2(best - top[:, None]), 1))
+                products = _hide(products, tile, last, end, TILE, TILE_BLOCKS, PER_BLOCK, KEY_SUB)
+                logit = _logits(products, units, steps, block, num_blocks, ROWS, PER_BLOCK, TILE_BLOCKS, True)
+                total = _keep(logit, base, total, to, block, WIDEN)
+            normaliser = tl.log2(tl.maximum(tl.sum(total, 1), 1.1754944e-38))
             normaliser = tl.where(last >= 0, normaliser, 1.0e30)
             tl.debug_barrier()
             selection = kv_head if PER_HEAD else 0
@@ -205,6 +224,7 @@ def _decode_peaks(
     c_batch, c_head, c_block, s_batch, s_head, num_heads, num_blocks, scale_log2,
     GROUP: tl.constexpr, LANES: tl.constexpr, TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
     KEY_SUB: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, WIDEN: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Best logit of TILE_BLOCKS blocks for the heads of one group, from the upper four bits."""
     tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -226,28 +246,29 @@ def _decode_peaks(
         start + HALF, mask=real[:, None] & (half < HALF)[None, :] & (half + HALF < COLUMNS), other=0
     )
     row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
-    of_block = tile * TILE_BLOCKS + row % TILE_BLOCKS
-    sub = row // TILE_BLOCKS
+    of_block = tile * TILE_BLOCKS + row // PER_BLOCK
+    sub = row % PER_BLOCK
     base = codes + sequence.to(tl.int64) * c_batch + kv_head.to(tl.int64) * c_head
     at = base + of_block.to(tl.int64)[:, None] * c_block + sub[:, None] * HALF + half[None, :]
     packed = tl.load(at, mask=(of_block < num_blocks)[:, None] & (half < HALF)[None, :], other=0)
-    first, second = _nibbles(packed)
+    first, second = _nibbles(packed, ASM)
     if WIDEN:
         products = tl.dot(first_queries.to(tl.float32), tl.trans(first.to(tl.float32)), input_precision="ieee")
         products += tl.dot(second_queries.to(tl.float32), tl.trans(second.to(tl.float32)), input_precision="ieee")
         products = products.to(tl.int32)
     else:
-        products = tl.dot(first_queries, tl.trans(first.to(tl.int8)), out_dtype=tl.int32)
-        products += tl.dot(second_queries, tl.trans(second.to(tl.int8)), out_dtype=tl.int32)
+        products = tl.dot(first_queries, tl.trans(first), out_dtype=tl.int32)
+        products = tl.dot(second_queries, tl.trans(second), acc=products, out_dtype=tl.int32)
     seen = (of_block * PER_BLOCK + sub) * KEY_SUB < end
     products = tl.where(seen[None, :], products, NOTHING)
-    peak = tl.max(tl.reshape(products, [LANES, PER_BLOCK, TILE_BLOCKS]), 1)
+    peak = tl.max(tl.reshape(products, [LANES, TILE_BLOCKS, PER_BLOCK]), 2)
+    # A nibble u stands for the code 16 * u - 128 and, for what the lower four bits may add, MIDDLE more.
     sums = tl.sum(first_queries.to(tl.int32), 1) + tl.sum(second_queries.to(tl.int32), 1)
     units = tl.load(query_scales + slot, mask=real, other=0.0) * scale_log2
     steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head + block
     steps = tl.load(steps, mask=block < num_blocks, other=0.0)
-    logit = (peak.to(tl.float32) * 16.0 + (sums.to(tl.float32) * MIDDLE)[:, None]) * units[:, None] * steps[None, :]
-    tl.store(to, tl.where(peak == NOTHING, float("-inf"), logit), mask=inside)
+    code = peak.to(tl.float32) * 16.0 + (sums.to(tl.float32) * (MIDDLE - 128.0))[:, None]
+    tl.store(to, tl.where(peak == NOTHING, float("-inf"), code * units[:, None] * steps[None, :]), mask=inside)
 
 
 def unsupported(block_size: int, query_sub_block: int, key_sub_block: int, kept: int, width: int) -> str | None:
@@ -349,6 +370,6 @@ def decode_peaks(
         *codes.stride()[:3], *scales.stride()[:2], heads, blocks, scale * LOG2_E,
         GROUP=group, LANES=max(16, triton.next_power_of_2(group)), TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block,
         KEY_SUB=key_sub_block, COLUMNS=columns, HALF=half, PADDED_HALF=max(32, triton.next_power_of_2(half)),
-        WIDEN=interpreted(), num_warps=4,
+        WIDEN=interpreted(), ASM=not interpreted() and torch.version.hip is None, num_warps=4,
     )  # fmt: skip
     return peaks

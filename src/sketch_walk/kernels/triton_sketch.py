@@ -1,7 +1,7 @@
 """Stages 1 and 2 in Triton: means of sub-blocks, rotated, rounded to 8 bits, in one read of the queries and keys.
 
 Equal to `sketch_walk.sketch` (`sketch_tokens`, `quantise_keys`, `keep_salient`, `quantise_queries`) but for the
-rounding of products, which may move a code by one.
+rounding of the means to the rotation's dtype, which may move a code by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketch_walk.kernels.triton_tiles import interpreted, padded_dim
+from sketch_walk.kernels.triton_tiles import padded_dim
 from sketch_walk.layout import Layout
 
 if TYPE_CHECKING:
@@ -75,14 +75,16 @@ def _means(
 
 
 @triton.jit
-def _rotate(means, matrix, dim, column, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+def _rotate(means, matrix, dim, column, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
     """means [rows, PADDED_DIM] times columns `column` of the sketch matrix [HEAD_DIM, WIDTH]."""
     part = tl.load(
         matrix + dim[:, None] * WIDTH + column[None, :],
         mask=(dim < HEAD_DIM)[:, None] & (column < WIDTH)[None, :],
         other=0.0,
     )
-    return tl.dot(means, part, input_precision=PRECISION)
+    if part.dtype == tl.float32:
+        return tl.dot(means, part, input_precision="ieee")
+    return tl.dot(means.to(part.dtype), part)
 
 
 @triton.jit
@@ -91,7 +93,7 @@ def _sketch_keys(
     k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-    PADDED_HALF: tl.constexpr, INDEXED: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED_HALF: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of TILE blocks of one head."""
     head, sequence = tl.program_id(1), tl.program_id(2)
@@ -106,8 +108,8 @@ def _sketch_keys(
         TILE, RUNS, PER_BLOCK, BLOCK // PER_BLOCK, HEAD_DIM, PADDED_DIM, INDEXED,
     )  # fmt: skip
     half = tl.arange(0, PADDED_HALF)
-    first = _rotate(means, matrix, dim, half, HEAD_DIM, WIDTH, PRECISION)
-    second = _rotate(means, matrix, dim, half + HALF, HEAD_DIM, WIDTH, PRECISION)
+    first = _rotate(means, matrix, dim, half, HEAD_DIM, WIDTH)
+    second = _rotate(means, matrix, dim, half + HALF, HEAD_DIM, WIDTH)
     first = tl.where((half < HALF)[None, :], first, 0.0)
     second = tl.where((half < HALF)[None, :], second, 0.0)
     squares = tl.sum(tl.reshape(tl.sum(first * first, 1) + tl.sum(second * second, 1), [TILE, RUNS]), 1)
@@ -117,7 +119,7 @@ def _sketch_keys(
     # Rounds halves up where torch rounds them to even: a tie of float32 quotients.
     low = tl.minimum(tl.maximum(tl.floor(first / of_lane + 0.5), -128.0), 127.0).to(tl.int32) + 128
     high = tl.minimum(tl.maximum(tl.floor(second / of_lane + 0.5), -128.0), 127.0).to(tl.int32) + 128
-    upper = ((low >> 4) ^ 8) | (((high >> 4) ^ 8) << 4)
+    upper = (low >> 4) | (high & 240)
     lower = (low & 15) | ((high & 15) << 4)
     lane = tl.arange(0, TILE * RUNS)
     block = first_block + lane // RUNS
@@ -137,7 +139,7 @@ def _sketch_queries(
     q_batch, q_head, q_token, num_rows, num_queries,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, KEPT: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    INDEXED: tl.constexpr, PRECISION: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):  # fmt: skip
     """The KEPT most salient sub-queries of each of TILE query blocks of one head, rounded."""
     SUB: tl.constexpr = BLOCK // PER_BLOCK
@@ -153,7 +155,7 @@ def _sketch_queries(
         TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED,
     )  # fmt: skip
     column = tl.arange(0, COLUMNS)
-    values = _rotate(means, matrix, dim, column, HEAD_DIM, WIDTH, PRECISION)
+    values = _rotate(means, matrix, dim, column, HEAD_DIM, WIDTH)
     lane = tl.arange(0, TILE * RUNS)
     run = tl.arange(0, RUNS)
     of_block = tl.broadcast_to((run < PER_BLOCK)[None, :], [TILE, RUNS])
@@ -165,7 +167,9 @@ def _sketch_queries(
         count = tl.maximum(tl.sum(real_runs.to(tl.float32), 1), 1.0)
         centre = tl.sum(grouped, 1) / count[:, None]
         apart = grouped - centre[:, None, :]
-        distance = tl.where(real_runs, tl.sum(apart * apart, 2), -1.0)
+        # Two are equally far from their mean, whatever rounding says.
+        apart_squared = tl.where((count == 2.0)[:, None], 0.0, tl.sum(apart * apart, 2))
+        distance = tl.where(real_runs, apart_squared, -1.0)
         # Equal to a stable descending sort: how many come before each. Kept ones stay in the order of their tokens.
         mine, other = distance[:, :, None], distance[:, None, :]
         before = (other > mine) | ((other == mine) & (run[None, None, :] < run[None, :, None]))
@@ -207,7 +211,7 @@ def sketch_keys(
     codes, scales : torch.Tensor
         The state's buffers, written in place (`sketch_walk.sketch.KeySketch`).
     matrix : torch.Tensor
-        Rotation, float32.
+        Rotation, float32 or bfloat16; the product is made in its dtype.
     step : float
         Step size of a code in units of its block's root mean square.
     """
@@ -222,7 +226,7 @@ def sketch_keys(
         *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step,
         BLOCK=block_size, TILE=tile, RUNS=runs, PER_BLOCK=per_block, HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim), WIDTH=width, HALF=half, PADDED_HALF=max(16, triton.next_power_of_2(half)),
-        INDEXED=layout.key_index is not None, PRECISION=_precision(), num_warps=8 if tile * runs >= LANES else 4,
+        INDEXED=layout.key_index is not None, num_warps=8 if tile * runs >= LANES else 4,
     )  # fmt: skip
 
 
@@ -258,7 +262,7 @@ def sketch_queries(
             *query.stride()[:3], rows, num_queries,
             BLOCK=block_size, TILE=tile, RUNS=runs, PER_BLOCK=per_block, KEPT=kept, HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim(head_dim), WIDTH=width, COLUMNS=columns, INDEXED=layout.query_index is not None,
-            PRECISION=_precision(), num_warps=8 if tile * runs >= LANES else 4,
+            num_warps=8 if tile * runs >= LANES else 4,
         )  # fmt: skip
     return packed
 
@@ -268,8 +272,3 @@ def _tile(per_block: int, blocks: int) -> tuple[int, int]:
     runs = triton.next_power_of_2(per_block)
     tile = max(1, min(LANES // runs, triton.next_power_of_2(blocks)))
     return max(tile, 16 // runs), runs
-
-
-def _precision() -> str:
-    """Of float32 products: codes have 8 bits, so that tf32 moves few of them, by one."""
-    return "ieee" if interpreted() or torch.version.hip else "tf32"
