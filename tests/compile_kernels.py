@@ -122,7 +122,10 @@ def select(target: Target, rows: int) -> int:
         return compile_for(triton_select._select, constants, target, launch.num_warps)
     shared = {**shape, "HEADS": HEADS, "PARTS": 8, "PART_HEADS": 4, "TILE": 4}
     per_head = {**shared, "HEADS": HEADS // KV_HEADS, "PARTS": 1}
-    sizes = [compile_for(triton_select._from_peaks, constants, target, 8) for constants in (shared, per_head)]
+    sizes = [
+        compile_for(triton_select._from_peaks, {**constants, "CHOOSE": constants["PARTS"] == 1}, target, 8)
+        for constants in (shared, per_head)
+    ]
     constants = {**shape, "PARTS": 8, "first_block": None}
     return sum(sizes) + compile_for(triton_select._select, constants, target, launch.num_warps)
 

@@ -23,6 +23,7 @@ if importlib.util.find_spec("triton") is not None:
         MAX_BLOCKS,
         SelectedRows,
         SelectLaunch,
+        scores_from_peaks,
         select_from_peaks,
         select_launch,
         select_rows,
@@ -173,6 +174,14 @@ def test_more_ties_than_fit_beside_a_greater_block() -> None:
     assert found.indices.flatten().tolist() == [0, 7, MAX_BLOCKS - 3, MAX_BLOCKS - 2, MAX_BLOCKS - 1]
 
 
+def test_infinity_ties_with_the_greatest_number() -> None:
+    config = configured(top_k_blocks=2, sink_blocks=0)
+    scores = torch.tensor([0.0, torch.inf, torch.finfo(torch.float32).max, 0.0, 0.0], device=DEVICE)[None, None, None]
+    found = run_rows(scores, [4], [5 * BLOCK], config)
+    assert found.indices.flatten().tolist() == [2, 4]
+    assert_same(found, expected_rows(scores, [4], [5 * BLOCK], config))
+
+
 def test_strided_scores() -> None:
     config = configured(head_mode="per_kv_head")
     stored = scores_of("random", (5, 2, 2, 24), seed=4)
@@ -227,6 +236,9 @@ def test_decode_from_peaks(heads: int, kv_heads: int, blocks: int, part_heads: i
     torch.testing.assert_close(result.scores.double(), expected, rtol=1e-4, atol=1e-7)
     last = [max(end - 1, 0) // BLOCK for end in length]
     assert_same(result, expected_rows(result.scores, last, length, config))
+    without_keys = peaks.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    scores = scores_from_peaks(without_keys, kv_heads=kv_heads, per_head=per_head, part_heads=part_heads)
+    torch.testing.assert_close(scores, result.scores, rtol=1e-6, atol=0)
 
 
 def test_parts_do_not_change_the_scores() -> None:
@@ -243,6 +255,18 @@ def test_parts_do_not_change_the_scores() -> None:
     for other in results[1:]:
         assert torch.equal(other.indices, results[0].indices)
         torch.testing.assert_close(other.scores, results[0].scores, rtol=1e-6, atol=0)
+
+
+def test_a_long_decode_step_in_parts() -> None:
+    blocks, config = 4100, configured(density=0.05)
+    peaks = scores_of("random", (1, 8, blocks), seed=10) * 20
+    length = [blocks * BLOCK - 70]
+    result = select_from_peaks(
+        peaks, torch.tensor(length, device=DEVICE), *row_counts(config, blocks, DEVICE), width=widest(config, blocks),
+        block_size=BLOCK, kv_heads=2, per_head=False, part_heads=3,
+    )  # fmt: skip
+    torch.testing.assert_close(result.scores.double(), expected_shares(peaks, length, 1, BLOCK), rtol=1e-4, atol=1e-9)
+    assert_same(result, expected_rows(result.scores, [(length[0] - 1) // BLOCK], length, config))
 
 
 def test_peaks_with_strides() -> None:
@@ -266,6 +290,7 @@ def test_empty_batches() -> None:
         *row_counts(config, 3, DEVICE), width=3, block_size=BLOCK, kv_heads=2, per_head=True,
     )  # fmt: skip
     assert result.scores.shape == (0, 2, 1, 3)
+    assert scores_from_peaks(torch.zeros(0, 4, 3, device=DEVICE), kv_heads=2, per_head=False).shape == (0, 1, 1, 3)
     assert result.indices.shape == (0, 2, 1, 3)
 
 
@@ -302,6 +327,8 @@ def test_refuses_counts_and_heads_that_do_not_fit() -> None:
         select_rows(torch.zeros(1, 1, 1, 3, device=DEVICE), length * 0, length, *counts, **arguments)
     with pytest.raises(ValueError, match="kv_heads must divide the 4 heads"):
         select_from_peaks(torch.zeros(1, 4, 4, device=DEVICE), length, *counts, kv_heads=3, **arguments)
+    with pytest.raises(ValueError, match="scores must be float32"):
+        scores_from_peaks(torch.zeros(1, 4, 4, device=DEVICE, dtype=torch.float16), kv_heads=2, per_head=False)
     with pytest.raises(ValueError, match="peaks must have the shape"):
         select_from_peaks(torch.zeros(1, 4, device=DEVICE), length, *counts, kv_heads=2, **arguments)
 

@@ -164,7 +164,7 @@ def _select(
     """One row of scores; with several PARTS, the last row of a sequence, whose scores are the greatest of the parts."""
     index = num_rows - 1 - tl.program_id(0)
     selection, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if PARTS > 1:
+    if first_block is None:
         row, available = _last_row(length, sequence, num_blocks, BLOCK)
     else:
         at = tl.load(first_block + sequence) + index
@@ -173,8 +173,13 @@ def _select(
     column = tl.arange(0, COLUMNS)
     scores += sequence * s_batch + selection.to(tl.int64) * s_selection + index.to(tl.int64) * s_row
     values = tl.load(scores + column, mask=column < available, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=column < available, other=0.0))
+    if COLUMNS <= 4096:
+        # All loads in flight at once; longer rows have no registers for that.
+        for part in tl.static_range(1, PARTS):
+            values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=column < available, other=0.0))
+    else:
+        for part in range(1, PARTS):
+            values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=column < available, other=0.0))
     place = (sequence * num_selections + selection) * num_rows + index
     if PARTS > 1:
         tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
@@ -225,7 +230,7 @@ def _from_peaks(
 
 def select_rows(
     scores: Float[Tensor, "batch selections rows blocks"],
-    first_block: Int[Tensor, " batch"],
+    first_block: Int[Tensor, " batch"] | None,
     length: Int[Tensor, " batch"],
     budget: Int[Tensor, " blocks_plus_1"],
     sink: Int[Tensor, " blocks_plus_1"],
@@ -243,7 +248,7 @@ def select_rows(
     scores : torch.Tensor
         float32, contiguous in the last axis. Compared within a row only; NaN counts as 0.
     first_block : torch.Tensor
-        int64: row r of a sequence is its block first_block + r.
+        int64: row r of a sequence is its block first_block + r. None: the one row is that of the last token.
     length : torch.Tensor
         int64: tokens of each sequence; a row that starts beyond them selects nothing.
     budget, sink, local : torch.Tensor
