@@ -7,6 +7,7 @@ Nothing is remembered between calls: each call is worked out again from all quer
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,11 +52,50 @@ def feature_matrix(dim: int, config: SketchWalkConfig) -> Tensor:
     return sampled * math.sqrt(padded / config.sketch_dim)
 
 
+# Codes of key sketches are whole numbers from -128 to 127; one step is this share of the block's root mean square.
+STEP_OF_RMS = 3.2 / 128
+
+
+@dataclass
+class Stored:
+    """Key sketches of one sequence as later calls read them: all bits, and what a single query reads."""
+
+    full: Tensor
+    upper: Tensor
+
+
+@dataclass
+class Scoring:
+    """Sub-queries of one query block that take part in the scores.
+
+    `values` (heads, kept, width), `last` (heads, kept): rank of the last token of each, -1 where there is none. `exact`
+    are all the block's sub-queries (heads, sub_queries, width) before rounding, `ends` the last token of each.
+    """
+
+    values: Tensor
+    last: Tensor
+    exact: Tensor
+    ends: list[int]
+
+
 def storage_step(sketch: Tensor, config: SketchWalkConfig, dtype: torch.dtype) -> Tensor:
     """Distance between neighbouring storable values around each coordinate of a key sketch."""
     if config.key_sketch_bits == 16:
         return sketch.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    return (sketch.abs().amax(-1, keepdim=True) / 127).expand_as(sketch)
+    runs = sketch.split(config.block_size // config.key_sub_block, 1)
+    steps = [STEP_OF_RMS * run.square().mean((1, 2), keepdim=True).sqrt().expand_as(run) for run in runs]
+    return torch.cat(steps, 1)
+
+
+def store(sketch: Tensor, config: SketchWalkConfig) -> Stored:
+    """Rounding of key sketches (heads, sub_keys, width) to 8 bits. A single query reads the upper four: the middle of
+    the sixteen numbers that begin with them.
+    """
+    if config.key_sketch_bits == 16:
+        return Stored(sketch, sketch)
+    step = storage_step(sketch, config, torch.float64).clamp(min=1e-300)
+    code = (sketch / step).round().clamp(-128, 127)
+    return Stored(code * step, ((code / 16).floor() * 16 + 7.5) * step)
 
 
 def logit_scale(dim: int, scale: float, config: SketchWalkConfig) -> float:
@@ -79,51 +119,91 @@ def sub_queries(query: Tensor, start: int, config: SketchWalkConfig) -> list[lis
 
 
 def sketched_keys(key: Tensor, config: SketchWalkConfig) -> Tensor:
-    """Means of sub-blocks of keys, rotated: (heads, sub_keys, width)."""
+    """Means of sub-blocks of keys, rotated: (heads, sub_keys, width); of the heads' mean if the config says so."""
     sub = config.key_sub_block
+    if config.head_mode == "mean":
+        key = key.mean(0, keepdim=True)
     means = [key[:, lo : lo + sub].mean(1) for lo in range(0, key.shape[1], sub)]
     return torch.stack(means, 1) @ feature_matrix(key.shape[2], config)
 
 
+def sub_queries_to_keep(num_tokens: int, config: SketchWalkConfig) -> int:
+    """How many sub-queries of a block score, per head."""
+    count = 1 if num_tokens == 1 else config.block_size // config.query_sub_block
+    return count if config.block_score == "mass" else max(1, math.ceil(config.query_keep * count - 1e-6))
+
+
+def scoring_queries(query: Tensor, start: int, config: SketchWalkConfig, rounded: bool = True) -> list[Scoring]:
+    """Per query block of tokens `start` ...: the sub-queries that score, rounded to 8 bits where the rule says so.
+
+    Those farthest from the mean of the block's sub-queries, per head; of two equals the earlier.
+    """
+    if config.head_mode == "mean":
+        query = query.mean(0, keepdim=True)
+    matrix = feature_matrix(query.shape[2], config)
+    keep = sub_queries_to_keep(query.shape[1], config)
+    blocks = []
+    for means in sub_queries(query, start, config):
+        exact = torch.stack([mean @ matrix for mean, _ in means], 1)
+        ends = [last for _, last in means]
+        chosen_values, chosen_ends = [], []
+        for head in exact:
+            apart = (head - head.mean(0)).square().sum(-1).tolist()
+            # Two are equally far from their mean, whatever rounding says.
+            order = sorted(range(len(apart)), key=lambda i, apart=apart: (-apart[i] if len(apart) > 2 else 0, i))
+            kept = sorted(order[:keep])
+            chosen_values.append(head[kept])
+            chosen_ends.append([ends[i] for i in kept])
+        values = torch.stack(chosen_values)
+        if rounded and config.key_sketch_bits == 8 and config.block_score == "peak":
+            step = (values.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-300)
+            values = (values / step).round() * step
+        blocks.append(Scoring(values, torch.tensor(chosen_ends), exact, ends))
+    return blocks
+
+
 def block_scores(
-    query: Tensor,
-    key: Tensor,
+    queries: list[Scoring],
+    keys: Tensor,
     config: SketchWalkConfig,
     scale: float,
-    start: int = 0,
-    sketch: Tensor | None = None,
     causal: bool = True,
 ) -> Tensor:
-    """(selections, rows, blocks) for queries `start` ... against all keys, or against the given sketch of them."""
+    """(selections, rows, blocks): each of `queries` against sketched sub-keys (heads, sub_keys, width); `scale`
+    multiplies sketched logits.
+
+    Per sub-query: the softmax over blocks of each block's best visible logit ("peak"), or the softmax over sub-keys,
+    summed over each block ("mass").
+    """
     size, sub = config.block_size, config.key_sub_block
-    if config.head_mode == "mean":
-        query, key = query.mean(0, keepdim=True), key.mean(0, keepdim=True)
-    keys = sketched_keys(key, config) if sketch is None else sketch
-    group = query.shape[0] // key.shape[0]
-    keys = keys.repeat_interleave(group, 0)
-    matrix = feature_matrix(query.shape[2], config)
+    kv_heads = keys.shape[0]
     first_token = torch.arange(keys.shape[1]) * sub
-    num_blocks = -(-key.shape[1] // size)
     rows = []
-    for means in sub_queries(query, start, config):
-        per_sub_query = []
-        for mean, last in means:
-            logits = torch.einsum("hw,hkw->hk", mean @ matrix, keys) * logit_scale(query.shape[2], scale, config)
+    for row in queries:
+        group = row.values.shape[0] // kv_heads
+        by_head = []
+        for head, values in enumerate(row.values):
+            real = row.last[head] >= 0
+            logits = values[real] @ keys[head // group].T * scale
             if causal:
-                logits = logits.masked_fill(first_token > last, -math.inf)
-            share = logits.softmax(-1)
-            per_sub_query.append(
-                torch.stack([share[:, (first_token // size) == b].sum(-1) for b in range(num_blocks)], -1)
-            )
-        mass = torch.stack(per_sub_query)
-        by_head = mass.amax(0) if config.reduce == "max" else mass.mean(0)
-        heads = by_head.unflatten(0, (-1, group)) if config.head_mode == "per_kv_head" else by_head[None]
-        rows.append(heads.amax(1) if config.reduce == "max" else heads.mean(1))
+                logits = logits.masked_fill(first_token > row.last[head][real, None], -math.inf)
+            of_block = logits.split(size // sub, -1)
+            if config.block_score == "peak":
+                shares = torch.stack([part.amax(-1) for part in of_block], -1).softmax(-1)
+            else:
+                weights = logits.softmax(-1).split(size // sub, -1)
+                shares = torch.stack([part.sum(-1) for part in weights], -1)
+            by_head.append(shares.amax(0) if config.reduce == "max" else shares.mean(0))
+        grouped = torch.stack(by_head)
+        grouped = grouped.unflatten(0, (-1, group)) if config.head_mode == "per_kv_head" else grouped[None]
+        rows.append(grouped.amax(1) if config.reduce == "max" else grouped.mean(1))
     return torch.stack(rows, 1)
 
 
 def transition_rows(scores: Tensor, config: SketchWalkConfig) -> Tensor:
-    """Powers of the scores, as probabilities if the config says so."""
+    """Powers of the scores, as probabilities if the config says so; without a walk the scores themselves."""
+    if config.walk == "none":
+        return scores
     powers = scores**config.sparsity_exponent
     return powers / powers.sum(-1, keepdim=True) if config.walk_normalise else powers
 
@@ -189,7 +269,8 @@ def run_call(
     stop: int,
     *,
     scale: float | None = None,
-    sketches: list[Tensor] | None = None,
+    sketches: list[Stored] | None = None,
+    settle: Callable[[int, int, list[Scoring]], list[Scoring]] | None = None,
     causal: bool = True,
 ) -> list[Call]:
     """One forward pass of one sequence.
@@ -200,20 +281,33 @@ def run_call(
         Per sparse layer, shapes (heads, tokens, dim) and (kv_heads, tokens, dim), float64, of all tokens so far.
     start, stop : int
         Tokens of the call.
-    sketches : list of torch.Tensor, optional
-        Key sketches to score against, per layer: as somebody stored them, rounding included. Default: unrounded.
+    sketches : list of Stored, optional
+        Key sketches to score against, per layer: as somebody stored them. Default: rounded here.
+    settle : callable, optional
+        Maps layer, first token and this module's scoring sub-queries to those to go on with: somebody else's roundings
+        of the same numbers. Default: rounded here.
     """
     size, calls, previous = config.block_size, [], None
     first, num_blocks = start // size, -(-stop // size)
     for layer, (query, key) in enumerate(stack):
-        sketch = None if sketches is None else sketches[layer]
-        scale_here = 1 / math.sqrt(query.shape[2]) if scale is None else scale
         query, key = query[:, :stop], key[:, :stop]
-        scores = block_scores(query[:, start:], key, config, scale_here, start, sketch, causal)
+        factor = logit_scale(query.shape[2], 1 / math.sqrt(query.shape[2]) if scale is None else scale, config)
+        if sketches is None:
+            stored = store(sketched_keys(key, config), config)
+        else:
+            stored = sketches[layer]
+        own, of_all = scoring_queries(query[:, start:], start, config), None
+        if config.walk != "none":
+            of_all = scoring_queries(query, 0, config)
+        if settle is not None:
+            own = settle(layer, start, own)
+            of_all = None if of_all is None else settle(layer, 0, of_all)
+        keys = stored.upper if stop - start == 1 else stored.full
+        scores = block_scores(own, keys, config, factor, causal)
         rows = transition_rows(scores, config)
-        complete = transition_rows(block_scores(query, key, config, scale_here, 0, sketch, causal), config)
         walk = rows.clone()
-        if previous is not None and config.walk != "none":
+        if previous is not None and of_all is not None:
+            complete = transition_rows(block_scores(of_all, stored.full, config, factor, causal), config)
             for selection in range(rows.shape[0]):
                 for row in range(rows.shape[1]):
                     transitions = complete[selection].clone()

@@ -41,8 +41,6 @@ def qkv(
 def layers(count: int, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[QKV]:
     """`qkv` for several layers."""
     return [qkv(*shape, seed=1000 * seed + layer, dtype=dtype) for layer in range(count)]
-    """`qkv` for several layers."""
-    return [qkv(*args, seed=1000 * seed + layer, dtype=dtype, sharpness=sharpness) for layer in range(count)]
 
 
 def block_mask(indices: Tensor, num_blocks: int) -> Tensor:
