@@ -292,10 +292,7 @@ def run_call(
     for layer, (query, key) in enumerate(stack):
         query, key = query[:, :stop], key[:, :stop]
         factor = logit_scale(query.shape[2], 1 / math.sqrt(query.shape[2]) if scale is None else scale, config)
-        if sketches is None:
-            stored = store(sketched_keys(key, config), config)
-        else:
-            stored = sketches[layer]
+        stored = store(sketched_keys(key, config), config) if sketches is None else sketches[layer]
         own, of_all = scoring_queries(query[:, start:], start, config), None
         if config.walk != "none":
             of_all = scoring_queries(query, 0, config)

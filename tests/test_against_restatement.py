@@ -4,9 +4,9 @@ Budgets are worked out, not tuned. With every sketched logit off by at most δ, 
 within exp(±2δ), and so is any sum, mean or maximum of shares. The power s makes that exp(±2sδ), normalising a row
 doubles it, and walks only add and multiply non-negative numbers, so after L layers of h hops every entry of R is within
 exp(±4sδLh). δ is that of float32 products, 16 ulp of the norms' product. "Peak" scores share the bound: the best of
-logits off by δ is off by δ. What rounding key sketches and sub-queries to 8 bits does, and which sub-queries are kept, is
-tested on its own (`test_stored_key_sketches`, `settle`): float32 may fall on the other side of a tie. Everything after
-it starts from the numbers as rounded.
+logits off by δ is off by δ. What rounding key sketches and sub-queries to 8 bits does, and which sub-queries are kept,
+is tested on its own (`test_stored_key_sketches`, `Settle`): float32 may fall on the other side of a tie. Everything
+after it starts from the numbers as rounded.
 """
 
 from __future__ import annotations

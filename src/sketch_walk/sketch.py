@@ -52,15 +52,14 @@ class KeySketch(NamedTuple):
         half = packed_width(width)
         upper, lower = self.codes.unflatten(-1, (2, per_block, half)).unbind(-3)
         # Nibbles of the code plus 128.
-        codes = torch.cat([upper & 15, upper >> 4], -1)[..., :width].float() * 16 - KEY_LEVELS
-        if upper_only:
-            return codes + MIDDLE, self.scales
-        return codes + torch.cat([lower & 15, lower >> 4], -1)[..., :width].float(), self.scales
+        codes = torch.cat([upper & 15, upper >> 4], -1)[..., :width].float().mul_(16).sub_(KEY_LEVELS)
+        codes += MIDDLE if upper_only else torch.cat([lower & 15, lower >> 4], -1)[..., :width]
+        return codes, self.scales
 
     def dequantise(self, per_block: int, width: int, upper_only: bool = False) -> Float[Tensor, "... sub_keys width"]:
         """Sketched sub-keys in float32."""
         codes, scales = self.unpack(per_block, width, upper_only)
-        return (codes if scales is None else codes * scales[..., None]).flatten(-3, -2)
+        return (codes if scales is None else codes.mul_(scales[..., None])).flatten(-3, -2)
 
 
 class QuerySketch(NamedTuple):
