@@ -17,7 +17,7 @@ from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores
-from sketch_walk.selection import BlockSelection, row_counts, select_blocks, widest_row
+from sketch_walk.selection import BlockSelection, row_counts, select_blocks
 from sketch_walk.state import LayerSketch, SketchState
 from sketch_walk.walk import transition_rows, walk_step
 
@@ -160,7 +160,7 @@ def _select(
                 walk,
                 layout,
                 counts,
-                width=widest_row(config, walk.shape[3]),
+                width=config.budget(walk.shape[3]),
                 block_size=config.block_size,
                 per_head=config.head_mode == "per_kv_head",
             )

@@ -38,7 +38,7 @@ class Layout:
     num_queries, num_keys : int
         Sizes of the padded sequence dimension of the queries and of the keys.
     bounds : tuple of (int, int), optional
-        `past` and `length` of every sequence as host integers; None inside a compiled graph.
+        `past` and `length` of every sequence as host integers; None where they are known on the device alone.
     query_index, key_index : torch.Tensor, optional
         Shapes (batch, num_queries) and (batch, num_keys), int64: position of the r-th real token. None where nothing is
         padded: the r-th new query then stands at r, the r-th key at r.
@@ -125,16 +125,20 @@ def make_layout(
     valid : torch.Tensor, optional
         True where a key is a real token. Positions past the last query never count.
     offset : int or scalar tensor, optional
-        Default: the queries are the last `num_queries` positions.
+        Default: the queries are the last `num_queries` positions. Without `valid`, a tensor is not read on the host.
     """
     if offset is None:
         offset = num_keys - num_queries
     if valid is None and isinstance(offset, int):
         past = torch.full((batch,), offset, dtype=torch.int64, device=device)
         return Layout(past, past + num_queries, num_queries, num_keys, ((offset, offset + num_queries),) * batch)
+    if valid is None:
+        # A count that stays on the device: nothing is padded, and positions from `length` on hold nothing yet.
+        past = torch.as_tensor(offset, dtype=torch.int64, device=device).expand(batch).contiguous()
+        return Layout(past, past + num_queries, num_queries, num_keys, None)
     position = torch.arange(num_keys, device=device)
     seen = (position < offset + num_queries).expand(batch, num_keys)
-    real = seen if valid is None else seen & valid
+    real = seen & valid
     past = (real & (position < offset)).sum(1)
     length = real.sum(1)
     bounds = None

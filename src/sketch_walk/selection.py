@@ -60,12 +60,6 @@ def _row_counts(config: SketchWalkConfig, num_blocks: int, device: torch.device)
         return RowCounts(*(torch.tensor(column, dtype=torch.int64, device=device) for column in columns))
 
 
-@lru_cache(maxsize=256)
-def widest_row(config: SketchWalkConfig, num_blocks: int) -> int:
-    """Blocks of the row that reads most among rows of up to `num_blocks` causal blocks (not for `mass`)."""
-    return max(config.budget(n) for n in range(num_blocks + 1))
-
-
 def select_blocks(
     scores: Float[Tensor, "batch selections rows blocks"],
     row_index: Int[Tensor, "batch rows"],
@@ -131,7 +125,7 @@ def select_blocks(
 
     width = num_blocks if torch.compiler.is_compiling() else int(wanted.max()) if wanted.numel() else 0
     if torch.compiler.is_compiling() and config.mass is None and dense_rows is None:
-        width = widest_row(config, num_blocks)
+        width = config.budget(num_blocks)  # budgets never shrink as rows grow
     keep = torch.arange(width, device=device) < wanted[..., None]
     chosen = torch.where(keep, order[..., :width], num_blocks).sort(-1).values
     indices = torch.where(chosen < num_blocks, chosen, -1).to(torch.int32)

@@ -205,8 +205,10 @@ class SketchWalkHandle:
             adopt(cache, self.config)
             offset = cache.get_seq_length()
             if isinstance(offset, Tensor):
-                # A static layer counts in place: keep the count from before this pass.
-                offset = offset.clone() if torch.compiler.is_compiling() else int(offset)
+                # A static layer counts in place: keep the count from before this pass. A decode step on a GPU leaves it
+                # there, so that the step can be captured in a CUDA graph.
+                on_device = torch.compiler.is_compiling() or (offset.is_cuda and _is_one_token(args, kwargs))
+                offset = offset.clone() if on_device else int(offset)
         return args, {**kwargs, NAME: ForwardPass(self, cache, offset)}
 
 
@@ -253,6 +255,13 @@ def enable(
     handle = SketchWalkHandle(model, config, mode, record, impl)
     handle._install(model)
     return handle
+
+
+def _is_one_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a decoder's call has one token per sequence; its ids or embeddings come first or by name."""
+    inputs = args[0] if args and args[0] is not None else kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    return isinstance(inputs, Tensor) and inputs.shape[1] == 1
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -328,10 +337,10 @@ def validity_mask(
             return None
     if not fixed_size:
         return attention_mask
+    if attention_mask is None:
+        return None
     position = torch.arange(kv_length, device=kwargs.get("device"))
     seen = (position < q_offset + q_length).expand(batch_size, -1)
-    if attention_mask is None:
-        return seen
     missing = kv_length - attention_mask.shape[1]
     return seen & nn.functional.pad(attention_mask, (0, missing), value=False)
 

@@ -258,7 +258,7 @@ def select_rows(
     """
     from sketch_walk.kernels import triton_select
 
-    first = layout.first_block(block_size)
+    first = None if layout.num_queries == 1 else layout.first_block(block_size)
     indices, counts = triton_select.select_rows(
         scores, first, layout.length, *row_counts, width=width, block_size=block_size, per_head=per_head
     )

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 # Queries per masked slice: bounds the mask of a padded batch to this many rows.
 QUERY_SLICE = 1024
 
-# By major compute capability, best first: the keys from which a kernel beats those after it, and torch's own choice.
-# Measured at 32,768 to 131,072 tokens only.
-FASTEST_FROM = {9: {"flash-attn-4": 65536, "cudnn": 32768}}
+# By major compute capability, best first: the keys from which a kernel beats those after it, and torch's own choice
+# (benchmarks/results/gpu_cute.json). cuDNN takes 65 ms for the first call of every length, as much as it saves a model
+# of 32 layers at 16,384 tokens; flash-attn-4 compiles once for all lengths.
+FASTEST_FROM = {9: {"flash-attn-4": 2048, "cudnn": 16384}}
 
 
 def fastest_dense(
@@ -62,7 +63,7 @@ def attend_dense(
     """Causal attention over all real keys; outputs of padding queries are finite and meaningless."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     grouped = key.shape[1] != query.shape[1]
-    unpadded = layout.key_index is None
+    unpadded = layout.key_index is None and layout.bounds is not None
     if unpadded and num_queries > 1 and not dropout and layout.bounds:
         length = layout.bounds[0][1]
         keys, values = key[:, :, :length], value[:, :, :length]
