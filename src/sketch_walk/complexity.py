@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sketch_walk.config import SketchWalkConfig, calculate_sparsity, causal_density
+from sketch_walk.sketch import feature_width, kept_sub_queries, payload_size, selection_heads, sketched_heads
 
 # Below this fraction of the causal blocks retrieval is no longer measured to hold.
 LEAST_ADVISED_DENSITY = 0.02
@@ -16,6 +17,7 @@ PROMISED_STATE_TOKENS = 65_536
 PROMISED_STATE_BYTES = 5_500_000
 # Queries kept beyond one block, so that a rejected draft can be taken back.
 QUERY_RING_SPARE = 32
+# One float32 step size per block and head.
 SKETCH_SCALE_BYTES = 4
 
 
@@ -127,22 +129,20 @@ def count_operations(seq_len: int, config: SketchWalkConfig, shape: ModelShape) 
     """Count the operations of one prompt.
 
     Dense attention is O(n²·d), sparse attention O(n·τ·B·d), the sketch scores O((n/m)²·r) with m tokens to a sketch,
-    and the walk O(b³) for b blocks. Causal halves are counted as such; the softmax and the transforms, which are
-    O(n·d·log d), are left out.
+    and the walk O(b³) for b blocks. "Peak" scores multiply only the sub-queries that `query_keep` keeps. Causal halves
+    are counted as such; the softmax and the transforms, which are O(n·d·log d), are left out.
     """
     pairs = seq_len * (seq_len + 1) // 2
     dense = 4 * shape.heads * shape.head_dim * pairs
     sparse = 4 * shape.heads * shape.head_dim * _read_pairs(seq_len, config)
-    coordinates = _sketch_coordinates(config, shape)
-    score_heads = 1 if config.head_mode == "mean" else shape.heads
-    queries = math.ceil(seq_len / config.query_sub_block)
     keys = math.ceil(seq_len / config.key_sub_block)
-    scores = score_heads * coordinates * queries * keys
+    width = feature_width(shape.head_dim, config)
+    scores = sketched_heads(shape.heads, config) * width * _scoring_queries(seq_len, config) * keys
     blocks = math.ceil(seq_len / config.block_size)
     walk = 0
     if config.uses_walk:
         # Exact for a product of two lower triangles: b³/3, a sixth of a full product.
-        walk = config.walk_degree * _selection_heads(config, shape) * blocks * (blocks + 1) * (blocks + 2) // 3
+        walk = config.walk_degree * selection_heads(shape.kv_heads, config) * blocks * (blocks + 1) * (blocks + 2) // 3
     dense_layers = min(config.skip_first_n_layers, shape.layers)
     sparse_layers = shape.layers - dense_layers
     return Operations(
@@ -159,15 +159,14 @@ def count_memory(seq_len: int, config: SketchWalkConfig, shape: ModelShape) -> M
     """Count the bytes that one sequence needs, those of the selector beside those of the KV cache."""
     vector = shape.head_dim * shape.dtype_bytes
     kv_cache = 2 * seq_len * shape.kv_heads * vector
-    coordinates = _sketch_coordinates(config, shape)
-    sketch = coordinates + SKETCH_SCALE_BYTES if config.key_sketch_bits == 8 else coordinates * shape.dtype_bytes
-    key_heads = 1 if config.head_mode == "mean" else shape.kv_heads
-    key_sketches = math.ceil(seq_len / config.key_sub_block) * key_heads * sketch
+    payload = payload_size(feature_width(shape.head_dim, config), config)
+    sketch = payload + SKETCH_SCALE_BYTES if config.key_sketch_bits == 8 else payload * shape.dtype_bytes
     blocks = math.ceil(seq_len / config.block_size)
+    key_sketches = blocks * sketched_heads(shape.kv_heads, config) * sketch
     rows = ring = 0
     if config.uses_walk:
         entry = torch.finfo(config.walk_state_dtype).bits // 8
-        rows = _selection_heads(config, shape) * blocks * (blocks + 1) // 2 * entry
+        rows = selection_heads(shape.kv_heads, config) * blocks * (blocks + 1) // 2 * entry
         # Head-averaged queries are one vector, kept in float32.
         ring_vector = 4 * shape.head_dim if config.head_mode == "mean" else shape.heads * vector
         ring = (config.block_size + QUERY_RING_SPARE) * ring_vector
@@ -206,12 +205,12 @@ def _check_shape(shape: ModelShape) -> None:
         raise ValueError(f"kv_heads ({shape.kv_heads}) must divide heads ({shape.heads})")
 
 
-def _sketch_coordinates(config: SketchWalkConfig, shape: ModelShape) -> int:
-    return min(config.sketch_dim, shape.head_dim) if config.use_srht else shape.head_dim
-
-
-def _selection_heads(config: SketchWalkConfig, shape: ModelShape) -> int:
-    return shape.kv_heads if config.head_mode == "per_kv_head" else 1
+def _scoring_queries(seq_len: int, config: SketchWalkConfig) -> int:
+    """Sub-queries of one head that take part in the scores of a prompt."""
+    per_block = 1 if seq_len == 1 else config.block_size // config.query_sub_block
+    kept = kept_sub_queries(per_block, config)
+    whole, rest = divmod(seq_len, config.block_size)
+    return whole * kept + min(kept, math.ceil(rest / config.query_sub_block))
 
 
 def _read_pairs(seq_len: int, config: SketchWalkConfig) -> int:

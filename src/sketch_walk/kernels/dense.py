@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Queries per masked slice: bounds the mask of a padded batch to this many rows.
 QUERY_SLICE = 1024
+# Keys per block where one query reads a whole cache.
+DECODE_BLOCK = 64
 
 # By major compute capability, best first: the keys from which a kernel beats those after it, and torch's own choice
 # (benchmarks/results/gpu_cute.json). cuDNN takes 65 ms for the first call of every length, as much as it saves a model
@@ -51,6 +53,21 @@ def _why_not(name: str, query: Tensor, key: Tensor, value: Tensor) -> str | None
     return None if torch.backends.cuda.can_use_cudnn_attention(parameters) else "torch does not run it here"
 
 
+def attend_filled(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """One query per sequence over the filled part of a cache, whose length stays on the device: all blocks selected.
+
+    SDPA would need a mask, and with it its slowest kernel.
+    """
+    from sketch_walk.kernels import triton_attention
+
+    batch, blocks = key.shape[0], -(-key.shape[2] // DECODE_BLOCK)
+    indices = torch.arange(blocks, dtype=torch.int32, device=key.device).expand(batch, 1, 1, blocks)
+    counts = ((layout.length + DECODE_BLOCK - 1) // DECODE_BLOCK).to(torch.int32).view(batch, 1, 1)
+    return triton_attention.attend_selected(
+        query, key, value, indices, counts, layout, block_size=DECODE_BLOCK, scale=scale
+    )
+
+
 def attend_dense(
     query: Shaped[Tensor, "batch heads num_queries head_dim"],
     key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
@@ -63,6 +80,11 @@ def attend_dense(
     """Causal attention over all real keys; outputs of padding queries are finite and meaningless."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     grouped = key.shape[1] != query.shape[1]
+    if num_queries == 1 and query.is_cuda and layout.bounds is None and layout.key_index is None and not dropout:
+        from sketch_walk.kernels import triton_attention
+
+        if triton_attention.supported(query, key, value, DECODE_BLOCK) is None:
+            return attend_filled(query, key, value, layout, scale)
     unpadded = layout.key_index is None and layout.bounds is not None
     if unpadded and num_queries > 1 and not dropout and layout.bounds:
         length = layout.bounds[0][1]
