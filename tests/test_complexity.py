@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sketch_walk import sketch_walk_attention
 from sketch_walk.complexity import (
     ModelShape,
     count_memory,
@@ -17,7 +20,11 @@ from sketch_walk.complexity import (
     low_density_warning,
 )
 from sketch_walk.config import PRESETS, SketchWalkConfig, calculate_sparsity, causal_density
+from sketch_walk.layout import make_layout
+from sketch_walk.scoring import _sketch_queries
+from sketch_walk.sketch import payload_size
 from sketch_walk.state import LayerSketch
+from tensors import qkv
 
 SHAPE = ModelShape(layers=4, heads=4, kv_heads=2, head_dim=16, dtype_bytes=4)
 SMALL = SketchWalkConfig(block_size=8, density=0.4, min_blocks=2, sketch_dim=8, query_sub_block=4, key_sub_block=4)
@@ -54,8 +61,25 @@ def test_attention_operations_count_every_pair(seq_len: int, block_size: int, de
 def test_walk_counts_a_product_of_triangles() -> None:
     blocks = 9
     products = sum(1 for i in range(blocks) for j in range(i + 1) for _ in range(j, i + 1))
-    assert count_operations(8 * blocks, SMALL, SHAPE).walk_layer == 2 * products
+    assert count_operations(8 * blocks, replace(SMALL, walk="damped"), SHAPE).walk_layer == 2 * products
     assert count_operations(72, SketchWalkConfig(walk="none"), SHAPE).walk_layer == 0
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 63, 64, 65, 71, 130, 200])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"query_keep": 1.0}, {"query_keep": 0.1}, {"block_score": "mass"}, {"query_sub_block": 16}],
+    ids=str,
+)
+def test_scores_count_the_sub_queries_that_are_kept(seq_len: int, changes: dict[str, Any]) -> None:
+    """Half of the products of all of them with all sub-keys, a multiply and an add each."""
+    config = SketchWalkConfig(sketch_dim=8, **changes)
+    layout = make_layout(1, seq_len, seq_len, torch.device("cpu"))
+    query = torch.randn(1, SHAPE.heads, seq_len, SHAPE.head_dim, generator=torch.Generator().manual_seed(0))
+    queries = _sketch_queries(query, layout, 0, layout.num_query_blocks(config.block_size), config)
+    scoring = int((queries.last_rank >= 0).expand(-1, -1, SHAPE.heads, -1).sum())
+    keys = math.ceil(seq_len / config.key_sub_block)
+    assert count_operations(seq_len, config, SHAPE).scores_layer == scoring * keys * 8
 
 
 def test_totals_keep_the_first_layers_dense() -> None:
@@ -87,12 +111,14 @@ def test_state_is_what_a_real_state_holds(head_mode: str, bits: int, walk: str) 
     state = LayerSketch(config)
     key_heads, query_heads = (1, 1) if mean else (SHAPE.kv_heads, SHAPE.heads)
     # Head-averaged queries are kept in float32 as all of this test's tensors are.
-    state.allocate(1, (key_heads, 8), (query_heads, SHAPE.head_dim), torch.float32, torch.device("cpu"))
+    state.allocate(
+        1, (key_heads, payload_size(8, config)), (query_heads, SHAPE.head_dim), torch.float32, torch.device("cpu")
+    )
     state.reserve(tokens)
     held = state.nbytes()
-    # A real buffer has one entry more, for writes of sequences that have nothing to write.
+    # A real buffer has one block more, for writes of sequences that have nothing to write.
     memory = count_memory(tokens, config, SHAPE)
-    assert memory.key_sketches == pytest.approx(held["keys"], rel=0.002)
+    assert memory.key_sketches * 51 == held["keys"] * 50
     if walk == "none":
         assert (memory.transition_rows, memory.query_ring) == (0, 0)
     else:
@@ -102,13 +128,27 @@ def test_state_is_what_a_real_state_holds(head_mode: str, bits: int, walk: str) 
     assert memory.state == memory.key_sketches + memory.transition_rows + memory.query_ring
 
 
+@pytest.mark.parametrize("width", [5, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 64, 65, 200])
+def test_state_after_a_prompt_of_any_length(tokens: int, width: int) -> None:
+    """Odd widths too: two coordinates share a byte of each plane."""
+    config = SketchWalkConfig(sketch_dim=width, block_size=16)
+    state = LayerSketch(config)
+    sketch_walk_attention(*qkv(1, SHAPE.heads, SHAPE.kv_heads, tokens, SHAPE.head_dim), config, state=state)
+    spare = state.nbytes()["keys"] / (state.num_blocks + 1)
+    assert count_memory(tokens, config, SHAPE).key_sketches == state.nbytes()["keys"] - spare
+
+
 def test_llama_8b_at_64k() -> None:
-    memory = count_memory(65_536, SketchWalkConfig(), ModelShape())
+    memory = count_memory(65_536, SketchWalkConfig(walk="damped"), ModelShape())
     assert memory.kv_cache == 65_536 * 2 * 8 * 128 * 2
     assert memory.qkv == 65_536 * (32 + 16) * 128 * 2
-    assert memory.key_sketches == 16_384 * 8 * (64 + 4)
+    assert memory.key_sketches == 1024 * 8 * (16 * 64 + 4)
     assert memory.transition_rows == 1024 * 1025 // 2 * 4
     assert memory.state_share < 0.06
+    assert count_memory(65_536, SketchWalkConfig(), ModelShape()).state == memory.key_sketches
+    full_width = count_memory(65_536, SketchWalkConfig(sketch_dim=128), ModelShape())
+    assert full_width.state_share == pytest.approx(1 / 16, rel=0.01)
     assert memory.state_total == 30 * memory.state
     assert memory.kv_cache_total == 32 * memory.kv_cache
 

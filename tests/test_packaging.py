@@ -35,7 +35,7 @@ ALLOWED = {
     "common": BELOW_ATTENTION | {"attention"},
     "integrations": BELOW_ATTENTION | {"attention", "extras"},
     "llama": {"integrations"},
-    "complexity": {"config"},
+    "complexity": {"config", "sketch"},
     "plots": {"extras"},
     "evaluation": {"config", "extras", "kernels", "layout", "selection", "attention", "integrations"},
     "bench": BELOW_ATTENTION | {"attention", "extras", "integrations"},
