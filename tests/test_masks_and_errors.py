@@ -132,7 +132,7 @@ def test_a_crop_that_the_state_was_not_told_of_is_noticed() -> None:
 def test_walk_step_needs_transitions_with_a_previous_walk() -> None:
     rows = torch.eye(3)[None, None]
     with pytest.raises(ValueError, match="transitions must be given when previous is"):
-        walk_step(rows, rows, None, torch.arange(3)[None], CONFIG)
+        walk_step(rows, rows, None, torch.arange(3)[None], dataclasses.replace(CONFIG, walk="damped"))
 
 
 # Reading masks.
@@ -237,11 +237,22 @@ def test_ranks_past_the_end_point_at_the_last_real_token() -> None:
     assert layout.key_positions(torch.tensor([[-1, 4, 5, 99], [-1, 8, 9, 99]])).tolist() == [[2, 6, 6, 6], [0, 8, 8, 8]]
 
 
-def test_layout_of_queries_before_the_end_of_a_fixed_cache() -> None:
-    layout = make_layout(2, 3, 64, torch.device("cpu"), offset=torch.tensor(20))
+@pytest.mark.parametrize(("offset", "bound"), [(20, 23), (torch.tensor(20), 64)], ids=["host", "device"])
+def test_layout_of_queries_before_the_end_of_a_fixed_cache(offset: int | Tensor, bound: int) -> None:
+    """A count on the device is not read: the host then knows an upper bound only, and all results are the same."""
+    layout = make_layout(2, 3, 64, torch.device("cpu"), offset=offset)
     assert layout.past.tolist() == [20, 20]
     assert layout.length.tolist() == [23, 23]
-    assert layout.max_length == 23
+    assert layout.max_length == bound
+    query, key, value = qkv(2, 4, 2, 64, 32)
+    actual = sketch_walk_attention(query[:, :, 20:23], key, value, CONFIG, layout=layout)
+    expected = sketch_walk_attention(query[:, :, 20:23], key[:, :, :23], value[:, :, :23], CONFIG)
+    rows = expected.selection.indices.shape[1]
+    width = expected.selection.indices.shape[2]
+    assert (actual.selection.indices[:, :rows, :width] == expected.selection.indices).all()
+    assert (actual.selection.counts[:, :rows] == expected.selection.counts).all()
+    assert (actual.selection.counts[:, rows:] == 0).all()
+    torch.testing.assert_close(actual.output, expected.output, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

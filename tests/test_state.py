@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sketch_walk import SketchState, SketchWalkAttention, SketchWalkConfig, sketch_walk_attention
+from sketch_walk import HadamardTransform, SketchState, SketchWalkAttention, SketchWalkConfig, sketch_walk_attention
 from sketch_walk.layout import make_layout
 from sketch_walk.scoring import absorb_call, absorb_keys
 from sketch_walk.sketch import Sketch
@@ -17,7 +17,7 @@ from sketch_walk.walk import transition_rows
 from tensors import qkv
 
 SIZE = 16
-CONFIG = SketchWalkConfig(block_size=SIZE, top_k_blocks=3, skip_first_n_layers=0)
+CONFIG = SketchWalkConfig(block_size=SIZE, top_k_blocks=3, skip_first_n_layers=0, walk="damped")
 
 
 def fed(tokens: int, config: SketchWalkConfig = CONFIG, capacity: int | None = None, batch: int = 2) -> LayerSketch:
@@ -36,22 +36,72 @@ def test_packed_size(blocks: int) -> None:
     assert packed_size(blocks) == torch.ones(blocks, blocks).tril().sum()
 
 
-def test_parts_of_the_default_state() -> None:
+def test_parts_of_a_state_with_a_walk() -> None:
     sketch = fed(50)
     assert sketch.num_blocks == 4
     codes, scales = sketch.read_keys(4)
-    assert codes.shape == (2, 2, 16, 32)
-    assert codes.dtype == torch.int8
+    # Four sub-keys to a block, 32 coordinates each, in two planes of four bits.
+    assert codes.shape == (2, 2, 4, 4 * 32)
+    assert codes.dtype == torch.uint8
     assert scales is not None
-    assert scales.shape == (2, 2, 16, 1)
+    assert scales.shape == (2, 2, 4, 1)
+    assert scales.dtype == torch.float32
     assert sketch.read_rows(4).shape == (2, 1, 4, 4)
     assert sketch.ring is not None
     assert sketch.ring.shape == (2, 4, SIZE + ROLLBACK + 1, 32)
 
 
-def test_int8_codes_use_their_range() -> None:
-    codes, _ = fed(48).read_keys(3)
-    assert (codes.abs().amax(-1) == 127).all()
+def stored_codes(sketch: LayerSketch, blocks: int, width: int) -> Tensor:
+    """Codes -128 ... 127 from the documented layout: offset by 128, upper four bits first, two coordinates a byte."""
+    codes = sketch.read_keys(blocks)[0].int()
+    planes = codes.view(*codes.shape[:3], 2, SIZE // sketch.config.key_sub_block, (width + 1) // 2)
+    upper, lower = torch.cat([planes % 16, planes // 16], -1)[..., :width].unbind(3)
+    return 16 * upper + lower - 128
+
+
+@pytest.mark.parametrize("width", [32, 17, 4])
+def test_codes_are_multiples_of_the_blocks_step(width: int) -> None:
+    """One step per block and head: 3.2 root mean squares are 128 steps."""
+    config = replace(CONFIG, sketch_dim=width)
+    query, key, value = qkv(2, 4, 2, 50, 32)
+    sketch = LayerSketch(config)
+    sketch_walk_attention(query, key, value, config, state=sketch)
+    codes, scales = stored_codes(sketch, 4, width), sketch.read_keys(4)[1]
+    assert scales is not None
+    transform = HadamardTransform(32, width)
+    means = [transform(run.mean(2).double()) for run in key.split(4, 2)]
+    for block in range(4):
+        sub_keys = torch.stack(means[4 * block : 4 * block + 4], 2)
+        step = 3.2 / 128 * sub_keys.square().mean((2, 3)).sqrt()
+        torch.testing.assert_close(scales[:, :, block, 0].double(), step, rtol=1e-5, atol=0)
+        expected = (sub_keys / step[..., None, None]).clamp(-128, 127)
+        # The last block has one sub-key of two tokens; nothing is known of the others.
+        assert (codes[:, :, block, : sub_keys.shape[2]] - expected).abs().max() <= 0.5001
+
+
+def test_codes_use_their_range_and_clip_what_lies_beyond() -> None:
+    query, key, value = qkv(1, 4, 2, 48, 32)
+    key[:, :, 4:8] *= 100
+    sketch = LayerSketch(replace(CONFIG, use_srht=False))
+    sketch_walk_attention(query, key, value, sketch.config, state=sketch)
+    codes = stored_codes(sketch, 3, 32)
+    assert codes[:, :, 0].min() == -128
+    assert codes[:, :, 0].max() == 127
+    assert codes[:, :, 0, [0, 2, 3]].abs().max() <= 5, "beside a loud sub-key the others of its block lose their digits"
+    assert codes[:, :, 1:].abs().amax((2, 3, 4)).min() >= 64
+
+
+def test_an_open_block_is_sketched_again_from_all_its_keys() -> None:
+    query, key, value = qkv(2, 4, 2, 64, 32)
+    key[:, :, 40:] *= 10
+    sketch = LayerSketch(CONFIG)
+    for start, stop in ((0, 40), (40, 41), (41, 46), (46, 64)):
+        sketch_walk_attention(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], CONFIG, state=sketch)
+        alone = LayerSketch(CONFIG)
+        sketch_walk_attention(query[:, :, :stop], key[:, :, :stop], value[:, :, :stop], CONFIG, state=alone)
+        for mine, fresh in zip(sketch.read_keys(-(-stop // SIZE)), alone.read_keys(-(-stop // SIZE)), strict=True):
+            assert mine is not None
+            assert (mine == fresh).all()
 
 
 def test_no_walk_keeps_no_rows_and_no_queries() -> None:
