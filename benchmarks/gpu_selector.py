@@ -33,17 +33,10 @@ from sketch_walk.state import LayerSketch
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALE = HEAD_DIM**-0.5
 VARIANTS = {
-    "128x128 8w 3s r128": PeakLaunch(),
-    "128x128 8w 3s": PeakLaunch(max_registers=None, per_processor=1),
-    "128x128 8w 4s r128": PeakLaunch(num_stages=4),
-    "128x128 8w 2s r128": PeakLaunch(num_stages=2),
-    "64x128 4w 3s r128": PeakLaunch(rows=64, num_warps=4, per_processor=4, num_stages=3),
-    "64x128 4w 3s": PeakLaunch(rows=64, num_warps=4, per_processor=2, max_registers=None),
-    "64x64 4w 4s": PeakLaunch(rows=64, columns=64, num_warps=4, num_stages=4, per_processor=4, max_registers=None),
-    "128x64 8w 4s r128": PeakLaunch(columns=64, num_stages=4),
-    "128x64 4w 4s": PeakLaunch(columns=64, num_warps=4, num_stages=4, max_registers=None),
-    "128x256 8w 2s": PeakLaunch(columns=256, num_stages=2, per_processor=1, max_registers=None),
-    "256x64 8w 3s": PeakLaunch(rows=256, columns=64, per_processor=1, max_registers=None),
+    "64x128, 4 warps, 128 registers": PeakLaunch(),
+    "64x128, 4 warps, 160 registers, 3 programs": PeakLaunch(max_registers=160, per_processor=3),
+    "64x128, 4 warps, 4 stages": PeakLaunch(num_stages=4, per_processor=3),
+    "128x128, 8 warps, 128 registers": PeakLaunch(rows=128, num_warps=8, per_processor=2),
 }
 CASES: list[tuple[int, int, int, int, int, int, dict[str, Any]]] = [
     (2, 4, 2, 3000, 0, 64, {}),
