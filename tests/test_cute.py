@@ -162,8 +162,8 @@ def test_pages_are_views() -> None:
 @pytest.mark.parametrize(
     ("block", "dim", "group", "capability", "expected"),
     [
-        (128, 128, 4, 9, Plan("blocks", (128, 128), False)),
-        (64, 128, 4, 9, Plan("pages", (128, 64), True)),
+        (128, 128, 4, 9, Plan("blocks", (128, 128), True)),
+        (64, 128, 4, 9, Plan("pages", (128, 128), True)),
         (64, 64, 1, 9, Plan("pages", (64, 64), False)),
         (128, 256, 2, 9, Plan("pages", (128, 64), True)),
         (64, 128, 4, 10, Plan("pages", None, True)),
@@ -348,6 +348,6 @@ def test_agrees_with_the_reference_on_one_selection(
 def test_auto_prefers_it_from_a_measured_length() -> None:
     config = create_sketch_walk_config(block_size=64, density=0.2)
     major = torch.cuda.get_device_capability()[0]
-    for tokens, expected in ((2048, "triton"), (8192, "cute" if major in kernels.CUTE_FROM else "triton")):
+    for tokens, expected in ((2048, "triton"), (16384, "cute" if major in kernels.CUTE_FROM else "triton")):
         query, key, value, _ = inputs(1, 8, 2, tokens, 0, 64, 0, torch.bfloat16)
         assert sketch_walk_attention(query, key, value, config).impl == expected

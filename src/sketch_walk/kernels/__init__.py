@@ -35,9 +35,10 @@ PREFILL_CROSSOVER = {"cpu": 1536, "cuda": 32768}
 # small launches lose to dense on a GPU at every length that was measured (to 131,072 tokens).
 DECODE_CROSSOVER = {"cpu": 8192, "cuda": 1 << 20}
 
-# Tokens from which "auto" prefers `cute` to `triton` in prefill, by major compute capability. Nothing shorter than
-# 65,536 tokens has been measured yet.
-CUTE_FROM = {9: 8192}
+# Keys and queries from which "auto" prefers `cute` to `triton` in prefill, by major compute capability
+# (benchmarks/results/gpu_cute.json: at 16,384 tokens each wins at one of two densities; with 1,024 queries after 131,072
+# keys `triton` is faster at block 128, with 4,096 `cute`).
+CUTE_FROM = {9: (16384, 4096)}
 
 
 def dense_crossover(device_type: str, decode: bool = False) -> int:
@@ -299,8 +300,8 @@ def _why_not_cute_here(
     if automatic:
         if not query.is_cuda or torch.version.hip is not None or torch.compiler.is_compiling():
             return "the tensors are not on an NVIDIA GPU, or a graph is being compiled"
-        start = CUTE_FROM.get(torch.cuda.get_device_capability(query.device)[0])
-        if start is None or key.shape[2] < start:
+        least = CUTE_FROM.get(torch.cuda.get_device_capability(query.device)[0])
+        if least is None or key.shape[2] < least[0] or query.shape[2] < least[1]:
             return "it is not known to be faster here"
         if _why_no_cute() is not None:
             return "flash-attn-4 is not available"

@@ -15,6 +15,7 @@ Compiled kernels are cached by the library, by dtype, head sizes and tiles, neve
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import metadata
@@ -77,9 +78,12 @@ def plan_for(block_size: int, head_dim: int, group: int, capability: int = 9) ->
     """The route of a shape; `group` is heads / kv_heads, `capability` the GPU's major compute capability."""
     if capability != 9:
         return Plan("pages", None, group > 1)
+    # Measured in benchmarks/results/gpu_cute.json at head_dim 128. Packing fills a tile of queries.
     if block_size == 128 and head_dim <= 128:
-        return Plan("blocks", (128, 128), False)
-    # A page that is one tile of keys is loaded by the tensor memory accelerator. Packing fills a tile of queries.
+        return Plan("blocks", (128, 128), group > 1)
+    if group > 1 and head_dim <= 128:
+        return Plan("pages", (128, 128), True)
+    # A page that is one tile of keys is loaded by the tensor memory accelerator.
     return Plan("pages", (128 if group > 1 or block_size == 128 else 64, 64), group > 1)
 
 
@@ -144,10 +148,13 @@ def import_error() -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)
 def forward() -> Callable[..., Any]:
     """flash-attn-4's forward pass: unlike its public functions it takes tiles and the output's memory."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
+    # Its compiler says so of an argument that is None, once for every kernel.
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
     return _flash_attn_fwd
 
 
