@@ -58,7 +58,9 @@ if __name__ == "__main__":
     wrong_shape_is_seen()
     base = {"block_size": 16, "density": 0.4, "skip_first_n_layers": 1}
     run(SketchWalkConfig(**base))
+    run(SketchWalkConfig(**base, walk="damped", query_keep=0.25))
+    run(SketchWalkConfig(**base, block_score="mass", walk="damped", sketch_dim=17))
     run(SketchWalkConfig(**base, head_mode="per_kv_head", reduce="mean", mean_correction=True, key_sketch_bits=16))
     run(SketchWalkConfig(**base, head_mode="mean", walk="product", dense_tail_blocks=1, query_sub_block=16))
-    run(SketchWalkConfig(block_size=16, mass=0.7, walk="none", skip_first_n_layers=1))
+    run(SketchWalkConfig(block_size=16, mass=0.7, skip_first_n_layers=1))
     print("shapes hold")

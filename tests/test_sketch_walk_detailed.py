@@ -41,6 +41,11 @@ def sparse(**changes: Any) -> SketchWalkConfig:
     return SketchWalkConfig(**{**base, **changes})
 
 
+def walking(**changes: Any) -> SketchWalkConfig:
+    """The same with a walk."""
+    return sparse(**{"walk": "damped", **changes})
+
+
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -156,8 +161,9 @@ class TestSketch:
 
     def test_mean_scores_are_shares(self) -> None:
         query, key, _ = qkv(2, 6, 3, 111, 32)
-        scores = Sketch(sparse(reduce="mean"), 32)(query, key)
-        torch.testing.assert_close(scores.sum(-1), torch.ones(2, 1, 7))
+        for rule in ("peak", "mass"):
+            scores = Sketch(sparse(reduce="mean", block_score=rule), 32)(query, key)
+            torch.testing.assert_close(scores.sum(-1), torch.ones(2, 1, 7))
 
     def test_max_is_at_least_the_mean(self) -> None:
         query, key, _ = qkv(2, 6, 3, 111, 32)
@@ -168,22 +174,61 @@ class TestSketch:
     def test_sub_blocks_of_one_are_exact_attention_mass(self) -> None:
         """Nothing averaged, nothing sampled: the score is the largest attention mass over queries and heads."""
         query, key, _ = qkv(1, 4, 2, 64, 32, dtype=torch.float64)
-        scores = Sketch(sparse(query_sub_block=1, key_sub_block=1), 32)(query.float(), key.float())
+        config = sparse(query_sub_block=1, key_sub_block=1, block_score="mass")
+        scores = Sketch(config, 32)(query.float(), key.float())
         logits = query @ key.repeat_interleave(2, 1).transpose(-1, -2) / math.sqrt(32)
         mass = logits.masked_fill(~torch.ones(64, 64, dtype=torch.bool).tril(), -math.inf).softmax(-1)
         expected = mass.view(1, 4, 4, 16, 4, 16).sum(-1).amax((1, 3))
         torch.testing.assert_close(scores[0, 0].double(), expected[0], atol=1e-5, rtol=0)
 
-    def test_finds_the_block_of_a_planted_key(self) -> None:
+    @pytest.mark.parametrize("keep", [0.25, 0.5, 0.9, 1.0])
+    def test_peak_scores_of_sub_blocks_of_one(self, keep: float) -> None:
+        """The softmax over blocks of each block's best exact logit, for the queries farthest from the block's mean."""
+        query, key, _ = qkv(1, 4, 2, 64, 32, dtype=torch.float64)
+        config = sparse(query_sub_block=1, key_sub_block=1, query_keep=keep)
+        scores = Sketch(config, 32)(query.float(), key.float())
+        logits = query @ key.repeat_interleave(2, 1).transpose(-1, -2) / math.sqrt(32)
+        logits = logits.masked_fill(~torch.ones(64, 64, dtype=torch.bool).tril(), -math.inf)
+        shares = logits.view(1, 4, 4, 16, 4, 16).amax(-1).softmax(-1)
+        blocks = query.view(1, 4, 4, 16, 32)
+        distance = (blocks - blocks.mean(3, keepdim=True)).norm(dim=-1)
+        farthest = distance.argsort(-1, descending=True)[..., : math.ceil(keep * 16)]
+        kept = torch.zeros(1, 4, 4, 16, dtype=torch.bool).scatter_(-1, farthest, True)
+        expected = shares.masked_fill(~kept[..., None], 0.0).amax((1, 3))
+        torch.testing.assert_close(scores[0, 0].double(), expected[0], atol=1e-5, rtol=0)
+
+    def test_equally_far_sub_queries_keep_the_earlier_ones(self) -> None:
+        """Two queries are as far from their mean as each other: the first one scores."""
+        query, key, _ = qkv(1, 2, 1, 34, 32)
+        config = sparse(query_sub_block=1, key_sub_block=1, query_keep=0.05)
+        scores, both = Sketch(config, 32)(query, key), Sketch(replace(config, query_keep=0.1), 32)(query, key)
+        first, second = (query[..., [32, 32], :], query[..., [33, 33], :])
+        alone = Sketch(config, 32)(torch.cat([query[:, :, :32], first[:, :, :1]], 2), key[:, :, :33])
+        torch.testing.assert_close(scores[0, 0, 2, :2] / scores[0, 0, 2, 0], alone[0, 0, 2, :2] / alone[0, 0, 2, 0])
+        logits = (second[:, :, 0] @ key[0, 0, :34].T / math.sqrt(32)).double()
+        last = torch.stack([logits[..., :16].amax(-1), logits[..., 16:32].amax(-1), logits[..., 32:].amax(-1)], -1)
+        expected = torch.maximum(scores[0, 0, 2].double(), last.softmax(-1).amax((0, 1)))
+        torch.testing.assert_close(both[0, 0, 2].double(), expected, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("changes", [{"block_score": "mass"}, {"query_keep": 1.0}, {}], ids=str)
+    def test_finds_the_block_of_a_planted_key(self, changes: dict[str, Any]) -> None:
+        """By a query like any other where all take part; by one that stands out where half of them do."""
         query, key, _ = qkv(1, 2, 1, 160, 64, sharpness=0.5)
+        if not changes:
+            query[0, 1, 148:152] *= 2
         key[0, 0, 40:44] = 6 * query[0, 1, 150] / query[0, 1, 150].norm() * 8
-        scores = Sketch(sparse(), 64)(query, key)
+        scores = Sketch(sparse(**changes), 64)(query, key)
         assert scores[0, 0, 9, :9].argmax() == 2
 
     def test_the_unfilled_tail_never_counts(self) -> None:
         """A mean divides by the tokens that are there: one token alone is its own mean."""
         query, key, _ = qkv(1, 2, 1, 33, 32)
-        scores = Sketch(sparse(query_sub_block=16, key_sub_block=16), 32)(query, key)
+        for rule in ("peak", "mass"):
+            self.check_tail(Sketch(sparse(query_sub_block=16, key_sub_block=16, block_score=rule), 32), query, key)
+
+    @staticmethod
+    def check_tail(sketch: Sketch, query: Tensor, key: Tensor) -> None:
+        scores = sketch(query, key)
         first, second = key[:, :, :16].mean(2), key[:, :, 16:32].mean(2)
         logits = torch.stack([first, second, key[:, :, 32]], 2) @ query[0, :, 32, :, None] / math.sqrt(32)
         torch.testing.assert_close(scores[0, 0, 2], logits.softmax(2).amax((0, 1, 3)), atol=1e-5, rtol=0)
@@ -220,30 +265,36 @@ class TestWalk:
     """Transition rows and their composition across layers."""
 
     def test_rows_are_probabilities(self) -> None:
-        rows = transition_rows(scores_of(), sparse())
+        rows = transition_rows(scores_of(), walking())
         torch.testing.assert_close(rows.sum(-1), torch.ones(2, 1, 10))
         assert (rows.triu(1) == 0).all()
 
     def test_first_layer_is_its_own_transition(self) -> None:
         for walk in ("damped", "product", "none"):
-            config = sparse(walk=walk)
+            config = walking(walk=walk)
             torch.testing.assert_close(Walk(config)(scores_of()), transition_rows(scores_of(), config))
+
+    def test_without_a_walk_rows_are_the_scores(self) -> None:
+        """No exponent, no normalisation: nothing composes them."""
+        for config in (sparse(), sparse(walk_normalise=False, sparsity_exponent=16)):
+            assert config.walk == "none"
+            assert (transition_rows(scores_of(), config) == scores_of()).all()
 
     def test_exponent_sharpens(self) -> None:
         entropy = []
         for exponent in (1, 2, 8):
-            rows = transition_rows(scores_of(), sparse(sparsity_exponent=exponent))
+            rows = transition_rows(scores_of(), walking(sparsity_exponent=exponent))
             entropy.append(torch.special.entr(rows).sum(-1).mean())
         assert entropy[0] > entropy[1] > entropy[2]
 
     def test_damped_walk_is_its_formula(self) -> None:
-        config = sparse(walk_beta=0.4)
+        config = walking(walk_beta=0.4)
         previous, rows = Walk(config)(scores_of()), transition_rows(scores_of(layer=1), config)
         expected = 0.6 * rows + 0.4 * previous @ rows
         torch.testing.assert_close(Walk(config)(scores_of(layer=1), previous), expected)
 
     def test_degree_repeats_the_damped_hop(self) -> None:
-        config = sparse(walk_beta=0.4, walk_degree=3)
+        config = walking(walk_beta=0.4, walk_degree=3)
         previous = Walk(config)(scores_of())
         rows = transition_rows(scores_of(layer=1), config)
         expected = previous
@@ -252,45 +303,45 @@ class TestWalk:
         torch.testing.assert_close(Walk(config)(scores_of(layer=1), previous), expected)
 
     def test_product_walk_is_the_product_up_to_the_scale_of_a_row(self) -> None:
-        config = sparse(walk="product")
+        config = walking(walk="product")
         previous = Walk(config)(scores_of())
         expected = previous @ transition_rows(scores_of(layer=1), config)
         actual = Walk(config)(scores_of(layer=1), previous)
         torch.testing.assert_close(actual, expected / expected.amax(-1, keepdim=True))
 
     def test_no_walk_forgets(self) -> None:
-        config = sparse(walk="none")
+        config = walking(walk="none")
         previous = Walk(config)(scores_of())
         assert (Walk(config)(scores_of(layer=1), previous) == Walk(config)(scores_of(layer=1))).all()
 
     def test_damping_of_zero_is_no_walk(self) -> None:
-        config = sparse(walk_beta=0.0)
+        config = walking(walk_beta=0.0)
         previous = Walk(config)(scores_of())
         torch.testing.assert_close(Walk(config)(scores_of(layer=1), previous), Walk(config)(scores_of(layer=1)))
 
     def test_stays_causal(self) -> None:
         for rule in ("damped", "product"):
-            walk, config = None, sparse(walk=rule)
+            walk, config = None, walking(walk=rule)
             for layer in range(4):
                 walk = Walk(config)(scores_of(layer=layer), walk)
             assert walk is not None
             assert (walk.triu(1) == 0).all()
 
     def test_damped_walk_keeps_its_mass(self) -> None:
-        walk, config = None, sparse(walk_beta=0.9)
+        walk, config = None, walking(walk_beta=0.9)
         for layer in range(6):
             walk = Walk(config)(scores_of(layer=layer), walk)
         assert walk is not None
         torch.testing.assert_close(walk.sum(-1), torch.ones(2, 1, 10))
 
     def test_holds_no_state(self) -> None:
-        walk = Walk(sparse())
+        walk = Walk(walking())
         first = walk(scores_of())
         walk(scores_of(layer=1), first)
         assert (walk(scores_of()) == first).all()
 
     def test_refuses_what_does_not_fit(self) -> None:
-        walk = Walk(sparse())
+        walk = Walk(walking())
         with pytest.raises(ValueError, match="scores must have shape"):
             walk(torch.zeros(1, 1, 3, 4))
         with pytest.raises(ValueError, match="previous must have the shape of scores"):
@@ -488,7 +539,7 @@ class TestSketchWalkIntegration:
 
     def test_the_walk_travels_from_layer_to_layer(self) -> None:
         """With a state the second layer's rows depend on the first's; without one they do not."""
-        config, stack = sparse(walk_beta=0.9, top_k_blocks=3), layers(2, 1, 4, 2, 160, 32)
+        config, stack = walking(walk_beta=0.9, top_k_blocks=3), layers(2, 1, 4, 2, 160, 32)
         attention, state = SketchWalkAttention(config, 32), SketchState(config)
         attention(*stack[0], 0, state=state)
         _, carried = attention(*stack[1], 1, state=state)
@@ -504,7 +555,7 @@ class TestSketchWalkIntegration:
         assert (first[1] == again[1]).all()
 
     def test_a_new_pass_begins_a_new_walk(self) -> None:
-        config, stack = sparse(walk_beta=0.9), layers(2, 1, 4, 2, 112, 32)
+        config, stack = walking(walk_beta=0.9), layers(2, 1, 4, 2, 112, 32)
         attention, twice, once = SketchWalkAttention(config, 32), SketchState(config), SketchState(config)
         for layer in range(2):
             attention(*(x[:, :, :96] for x in stack[layer]), layer, state=twice)
@@ -702,13 +753,13 @@ class TestNumericalStability:
 
     def test_a_high_exponent_of_small_scores_does_not_underflow(self) -> None:
         scores = torch.full((1, 1, 3, 3), 1e-6).tril()
-        rows = transition_rows(scores, sparse(sparsity_exponent=16))
+        rows = transition_rows(scores, walking(sparsity_exponent=16))
         expected = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [1 / 3, 1 / 3, 1 / 3]])
         torch.testing.assert_close(rows[0, 0], expected)
 
     def test_an_empty_row_stays_zero(self) -> None:
-        rows = transition_rows(torch.zeros(1, 1, 2, 3), sparse())
-        assert (rows == 0).all()
+        for config in (sparse(), walking()):
+            assert (transition_rows(torch.zeros(1, 1, 2, 3), config) == 0).all()
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_reduced_precision_is_as_good_as_dense_in_it(self, dtype: torch.dtype) -> None:
@@ -730,20 +781,27 @@ class TestNumericalStability:
         assert (low == high).all()
 
     def test_walk_in_float64(self) -> None:
-        state = SketchState(sparse(walk_state_dtype="float64"))
+        state = SketchState(walking(walk_state_dtype="float64"))
         query, key, value = qkv(1, 4, 2, 160, 32)
         SketchWalkAttention(state.config, 32)(query, key, value, 0, state=state)
         assert state.walk is not None
         assert state.walk.dtype == torch.float64
         torch.testing.assert_close(state.walk.sum(-1), torch.ones(1, 1, 10, dtype=torch.float64), atol=1e-12, rtol=0)
 
-    def test_an_overwhelming_key_keeps_other_sketches_exact(self) -> None:
-        """Each sub-key has a scale of its own: one loud key must not crush the others to zero."""
+    @pytest.mark.parametrize("rule", ["peak", "mass"])
+    def test_an_overwhelming_key_keeps_other_sketches_exact(self, rule: str) -> None:
+        """Each block has a step of its own: a loud key crushes its neighbours' codes, those of other blocks never."""
         query, key, value = qkv(1, 2, 1, 160, 32)
-        _, quiet = SketchWalkAttention(sparse(), 32)(query, key, value, 0)
+        config = sparse(block_score=rule)
+        _, quiet = SketchWalkAttention(config, 32)(query, key, value, 0)
+        before = SketchState(config), SketchState(config)
+        SketchWalkAttention(config, 32)(query, key, value, 0, state=before[0])
         key[:, :, 150] *= 1e4
-        _, loud = SketchWalkAttention(sparse(), 32)(query, key, value, 0)
+        _, loud = SketchWalkAttention(config, 32)(query, key, value, 0)
         assert (quiet[0, :9] == loud[0, :9]).all()
+        SketchWalkAttention(config, 32)(query, key, value, 0, state=before[1])
+        for a, b in zip(*(state.layers[0].read_keys(9) for state in before), strict=True):
+            assert (a == b).all()
 
     def test_infinite_and_missing_numbers_never_select_out_of_range(self) -> None:
         scores = torch.tensor([[math.nan, 1.0, 2.0, 3.0], [math.inf, -math.inf, 0.0, math.nan]]).view(1, 1, 2, 4)
@@ -774,6 +832,8 @@ configs = st.builds(
     sink_blocks=st.integers(0, 3),
     local_blocks=st.integers(1, 3),
     dense_tail_blocks=st.integers(0, 2),
+    block_score=st.sampled_from(["peak", "mass"]),
+    query_keep=st.sampled_from([0.2, 0.5, 1.0]),
     head_mode=st.sampled_from(["shared", "per_kv_head", "mean"]),
     reduce=st.sampled_from(["max", "mean"]),
     walk=st.sampled_from(["damped", "product", "none"]),
@@ -860,7 +920,8 @@ class TestProperties:
             attention(query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], 0, state=parts)
         complete = tokens // config.block_size
         a, b = whole.layers[0], parts.layers[0]
-        assert (a.read_keys(complete)[0] == b.read_keys(complete)[0]).all()
+        for x, y in zip(a.read_keys(complete), b.read_keys(complete), strict=True):
+            assert (x is None and y is None) or (x == y).all()
         if config.uses_walk:
             torch.testing.assert_close(a.read_rows(complete), b.read_rows(complete), atol=1e-5, rtol=1e-3)
 
