@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import triton
 
-from sketch_walk import SketchWalkConfig
+from sketch_walk import SketchWalkConfig, sketch_walk_attention
 from sketch_walk.kernels import triton_peaks, triton_sketch
 from sketch_walk.kernels.triton_peaks import PeakLaunch
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.scoring import absorb_keys, call_scores
+from sketch_walk.scoring import absorb_keys, call_scores, step_selection
 from sketch_walk.selection import row_counts, select_blocks
 from sketch_walk.sketch import rotation
 from sketch_walk.state import LayerSketch
@@ -195,19 +195,15 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> dict[str, Any]:
     counts = row_counts(config, found.shape[-1], found.device)
     width = max(config.budget(n) for n in range(found.shape[-1] + 1))
     first = layout.first_block(block)
-    times["select"] = graph_milliseconds(
-        partial(
-            triton_select.select_rows,
-            found,
-            first,
-            layout.length,
-            *counts,
-            width=width,
-            block_size=block,
-            per_head=False,
-        ),  # fmt: skip
-        repeats,
+    select = partial(
+        triton_select.select_rows, found, first, layout.length, *counts, width=width, block_size=block, per_head=False
     )
+    times["select"] = graph_milliseconds(select, repeats)
+    step = partial(step_selection, state, query, layout, SCALE, counts, width)
+    times["step_selection"] = graph_milliseconds(step, repeats)
+    value = torch.randn_like(key)
+    layer = partial(sketch_walk_attention, query, key, value, config, state=state, layout=layout)
+    times["layer"] = graph_milliseconds(layer, repeats)
     print("decode", batch, tokens, block, times)
     return {"batch": batch, "tokens": tokens, "block_size": block, "graph_ms": times}
 

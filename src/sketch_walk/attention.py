@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores
+from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores, step_selection, step_with_triton
 from sketch_walk.selection import BlockSelection, row_counts, select_blocks
 from sketch_walk.state import LayerSketch, SketchState
 from sketch_walk.walk import transition_rows, walk_step
@@ -118,18 +118,23 @@ def sketch_walk_attention(
     with torch.no_grad():
         state = LayerSketch(config) if state is None else state
         absorb_keys(state, key, layout, query, impl)
-        if score_with is None:
-            scores = call_scores(state, query, layout, scale, causal, impl)
+        plain = causal and bias is None and config.mass is None
+        if plain and score_with is None and combine_scores is None and step_with_triton(state, query, impl):
+            rows, selection = _one_step(state, query, layout, scale)
         else:
-            scores = score_with(query, key, config, layout=layout, scale=scale)
-        if combine_scores is not None:
-            scores = combine_scores(scores)
-        rows = transition_rows(scores, config)
-        if config.uses_walk:
-            absorb_rows(state, query, rows, layout, scale, combine_scores)
-            if walk is not None:
-                rows = walk_step(walk, rows, state.read_rows(rows.shape[3]), _row_index(layout, rows, config), config)
-        selection = _select(rows, layout, config, causal, bias, impl)
+            if score_with is None:
+                scores = call_scores(state, query, layout, scale, causal, impl)
+            else:
+                scores = score_with(query, key, config, layout=layout, scale=scale)
+            if combine_scores is not None:
+                scores = combine_scores(scores)
+            rows = transition_rows(scores, config)
+            if config.uses_walk:
+                absorb_rows(state, query, rows, layout, scale, combine_scores)
+                if walk is not None:
+                    transitions = state.read_rows(rows.shape[3])
+                    rows = walk_step(walk, rows, transitions, _row_index(layout, rows, config), config)
+            selection = _select(rows, layout, config, causal, bias, impl)
     shared = selection.per_head()
     output, used = kernels.attend(
         query,
@@ -146,6 +151,17 @@ def sketch_walk_attention(
         impl=impl,
     )
     return SketchWalkOutput(output, selection, rows, used)
+
+
+def _one_step(state: LayerSketch, query: Tensor, layout: Layout, scale: float) -> tuple[Tensor, BlockSelection]:
+    """Scores and selection of one token per sequence without a walk, in one go."""
+    config, blocks = state.config, -(-layout.max_length // state.config.block_size)
+    counts = row_counts(config, blocks, query.device)
+    scores, *table = step_selection(state, query, layout, scale, counts, config.budget(blocks))
+    selection = BlockSelection(*table)
+    if config.head_mode != "per_kv_head":
+        selection = BlockSelection(selection.indices[:, 0], selection.counts[:, 0])
+    return scores, selection
 
 
 def _select(

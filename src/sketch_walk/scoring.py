@@ -144,6 +144,42 @@ def call_scores(
     return scores
 
 
+def step_with_triton(state: LayerSketch, query: Tensor, impl: str) -> bool:
+    """Whether `step_selection` serves a call: one query per sequence, no walk, and sketches that the kernels take."""
+    config = state.config
+    if query.shape[2] != 1 or config.uses_walk or state.scales is None or not query.numel():
+        return False
+    return kernels.sketches_with_triton(impl, query, config, feature_width(query.shape[3], config))
+
+
+def step_selection(
+    state: LayerSketch,
+    query: Float[Tensor, "batch heads 1 head_dim"],
+    layout: Layout,
+    scale: float,
+    counts: tuple[Tensor, Tensor, Tensor],
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, indices and counts of one decode step: `call_scores` and the selection in fewer kernels.
+
+    `counts` are `sketch_walk.selection.row_counts`, `width` the greatest of the budgets.
+    """
+    config = state.config
+    codes, scales = state.read_keys(-(-layout.max_length // config.block_size))
+    assert scales is not None
+    return kernels.step_selection(
+        query,
+        layout,
+        codes,
+        scales,
+        rotation(query.shape[3], config, query.device, kernels.product_dtype()),
+        counts,
+        scale=score_scale(query.shape[3], scale, config),
+        width=width,
+        config=config,
+    )
+
+
 def _sketch_queries(query: Tensor, layout: Layout, lo: int, hi: int, config: SketchWalkConfig) -> QuerySketch:
     """Sketched sub-queries of the call's query blocks lo ... hi - 1."""
     device, size = query.device, config.block_size

@@ -36,8 +36,8 @@ PREFILL_CROSSOVER = {"cpu": 1536, "cuda": 32768}
 DECODE_CROSSOVER = {"cpu": 8192, "cuda": 1 << 20}
 
 # Keys and queries from which "auto" prefers `cute` to `triton` in prefill, by major compute capability
-# (benchmarks/results/gpu_cute.json: at 16,384 tokens each wins at one of two densities; with 1,024 queries after 131,072
-# keys `triton` is faster at block 128, with 4,096 `cute`).
+# (benchmarks/results/gpu_cute.json: at 16,384 tokens each wins at one of two densities; with 1,024 queries after
+# 131,072 keys `triton` is faster at block 128, with 4,096 `cute`).
 CUTE_FROM = {9: (16384, 4096)}
 
 
@@ -230,6 +230,43 @@ def peak_scores(
     return triton_select.scores_from_peaks(peaks, kv_heads=codes.shape[1], per_head=per_head)
 
 
+def step_selection(
+    query: Shaped[Tensor, "batch heads 1 head_dim"],
+    layout: Layout,
+    codes: Int[Tensor, "batch kv_heads blocks payload"],
+    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    matrix: Float[Tensor, "head_dim width"],
+    row_counts: tuple[Tensor, Tensor, Tensor],
+    *,
+    scale: float,
+    width: int,
+    config: SketchWalkConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, indices and counts of one decode step (`peak_scores`, then `select_rows`) in three or four kernels."""
+    from sketch_walk.kernels import triton_peaks, triton_select, triton_sketch
+
+    size = config.block_size
+    queries = triton_sketch.sketch_queries(query, layout, matrix, block_size=size, query_sub_block=size, kept=1)
+    peaks = triton_peaks.decode_peaks(
+        queries,
+        codes,
+        scales,
+        layout.length,
+        scale=scale,
+        per_block=size // config.key_sub_block,
+        key_sub_block=config.key_sub_block,
+    )
+    return triton_select.select_from_peaks(
+        peaks,
+        layout.length,
+        *row_counts,
+        width=width,
+        block_size=size,
+        kv_heads=codes.shape[1],
+        per_head=config.head_mode == "per_kv_head",
+    )
+
+
 def selects_with_triton(impl: str, scores: Tensor) -> bool:
     """Whether blocks are selected by the Triton kernel: on a GPU, from float32 scores, unless `impl` is "reference"."""
     if impl == "reference" or (impl == "auto" and not scores.is_cuda) or _why_no_triton() is not None:
@@ -353,4 +390,5 @@ __all__ = [
     "selects_with_triton",
     "sketch_keys",
     "sketches_with_triton",
+    "step_selection",
 ]

@@ -120,9 +120,35 @@ def _keep(logit, base, total, to, block, CLAMP: tl.constexpr):
     """Logits over the row's base: into the scratch, and into the sum of their powers."""
     excess = logit - base[:, None]
     if CLAMP:
-        excess = tl.maximum(excess, -60000.0)
+        # Beyond float16: a GPU stores infinities there.
+        excess = tl.minimum(tl.maximum(excess, -60000.0), 60000.0)
     tl.store(to + block[None, :], excess.to(tl.float16))
     return total + tl.exp2(tl.minimum(excess, 120.0))
+
+
+@triton.jit
+def _exact_normaliser(scratch, lane, num_blocks, width, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    """From the scratch, for rows whose sum of powers was cut: over their best block's."""
+    top = tl.full([ROWS], -60000.0, tl.float32)
+    for chunk in range(tl.cdiv(num_blocks, CHUNK)):
+        top = tl.maximum(top, tl.max(_scratch_chunk(scratch, lane, chunk, num_blocks, width, CHUNK), 1))
+    total = tl.zeros([ROWS], tl.float32)
+    for chunk in range(tl.cdiv(num_blocks, CHUNK)):
+        logit = _scratch_chunk(scratch, lane, chunk, num_blocks, width, CHUNK)
+        total += tl.sum(tl.exp2(logit - top[:, None]), 1)
+    return top + tl.log2(total)
+
+
+@triton.jit
+def _scratch_chunk(scratch, lane, chunk, num_blocks, width, CHUNK: tl.constexpr):
+    """Logits [ROWS, CHUNK] over their rows' bases, finite; -60000 past the last block."""
+    block = chunk * CHUNK + tl.arange(0, CHUNK)
+    logit = tl.load(
+        scratch + lane[:, None] * width + block[None, :],
+        mask=(block < num_blocks)[None, :] & (lane >= 0)[:, None],
+        other=-60000.0,
+    )
+    return tl.minimum(tl.maximum(logit.to(tl.float32), -60000.0), 60000.0)
 
 
 @triton.jit
@@ -173,8 +199,8 @@ def _peaks(
             place = (sequence.to(tl.int64) * (num_heads // GROUP) + kv_head) * num_tiles
             tile_keys = keys + place * TILE * COLUMNS
             steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head
-            # Powers are taken over the first sub-key's logit, which takes out what all keys have in common: only logits
-            # 120 and more above it are cut.
+            # Powers are taken over the first sub-key's logit, which takes out what all keys have in common. Where a
+            # logit lies 120 and more above it the sum is cut, and made again from the scratch.
             first_key = tl.load(tile_keys + column).to(tl.float32)
             base = tl.sum(queries.to(tl.float32) * first_key[None, :], 1) * units * tl.load(steps)
             total = tl.zeros([ROWS, TILE_BLOCKS], tl.float32)
@@ -194,8 +220,10 @@ def _peaks(
                 logit = _logits(products, units, steps, block, num_blocks, ROWS, PER_BLOCK, TILE_BLOCKS, True)
                 total = _keep(logit, base, total, to, block, WIDEN)
             normaliser = tl.log2(tl.maximum(tl.sum(total, 1), 1.1754944e-38))
-            normaliser = tl.where(last >= 0, normaliser, 1.0e30)
             tl.debug_barrier()
+            if tl.max(normaliser, 0) >= 119.0:
+                normaliser = _exact_normaliser(scratch, lane, tiles * TILE_BLOCKS, width, CHUNK, ROWS)
+            normaliser = tl.where(last >= 0, normaliser, 1.0e30)
             selection = kv_head if PER_HEAD else 0
             first = tl.arange(0, TILE_ROWS)
             out_row = group * TILE_ROWS + first
@@ -212,7 +240,8 @@ def _peaks(
                 of_row = tl.max(tl.reshape(excess, [TILE_ROWS, ROWS // TILE_ROWS, CHUNK]), 1)
                 kept = (out_row < num_rows)[:, None] & (block < num_blocks)[None, :] & written[None, :]
                 tl.atomic_max(
-                    out + out_row.to(tl.int64)[:, None] * o_row + block[None, :], tl.exp2(of_row), mask=kept,
+                    out + out_row.to(tl.int64)[:, None] * o_row + block[None, :], tl.exp2(tl.minimum(of_row, 0.0)),
+                    mask=kept,
                     sem="relaxed",
                 )  # fmt: skip
             tl.debug_barrier()
