@@ -9,7 +9,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sketch_walk.kernels import triton_backward, triton_decode, triton_prefill, triton_scores, triton_select
+from sketch_walk.kernels import (
+    triton_backward,
+    triton_decode,
+    triton_peaks,
+    triton_prefill,
+    triton_select,
+    triton_sketch,
+)
 from sketch_walk.kernels.triton_tiles import Device
 
 
@@ -30,7 +37,9 @@ POINTERS = {
     "query": "*bf16", "key": "*bf16", "value": "*bf16", "output": "*bf16", "grad": "*bf16", "query_grad": "*bf16",
     "key_grad": "*bf16", "value_grad": "*bf16", "indices": "*i32", "counts": "*i32", "rows": "*i32", "starts": "*i32",
     "past": "*i64", "length": "*i64", "query_index": "*i64", "key_index": "*i64", "table": "*i32",
-    "queries": "*fp16", "last_rank": "*i64", "codes": "*i8", "scales": "*fp32", "lse": "*fp32", "delta": "*fp32",
+    "query_codes": "*i8", "query_scales": "*fp32", "last_rank": "*i32", "codes": "*u8", "scales": "*fp32",
+    "matrix": "*bf16", "keys": "*i8", "key_scales": "*fp32", "scratch": "*fp16", "step_of_spread": "fp32",
+    "lse": "*fp32", "delta": "*fp32",
     "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32", "scale": "fp32",
     "first_block": "*i64", "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
 }  # fmt: skip
@@ -40,9 +49,14 @@ SHAPE = {
     "GROUP": HEADS // KV_HEADS, "BLOCK": BLOCK, "HEAD_DIM": HEAD_DIM, "PADDED_DIM": HEAD_DIM, "PER_HEAD": False,
     "WIDEN": False,
 }  # fmt: skip
-SCORES = {
-    "GROUP": 4, "TILE_HEADS": 4, "SUBS": 16, "ROWS": 64, "KEYS": 128, "PER_BLOCK": 16, "KEY_SUB": 4, "WIDTH": 128,
-    "PADDED": 128, "MEAN": False, "QUANTISED": True, "WIDEN": False,
+# The default rule: sub-blocks of 4, half of the sub-queries, every coordinate of a head.
+PER_BLOCK, KEPT = BLOCK // 4, BLOCK // 8
+SKETCH = {
+    "BLOCK": BLOCK, "TILE": 4, "RUNS": PER_BLOCK, "PER_BLOCK": PER_BLOCK, "HEAD_DIM": HEAD_DIM, "PADDED_DIM": HEAD_DIM,
+    "WIDTH": HEAD_DIM,
+}  # fmt: skip
+PACKED = {
+    "PER_BLOCK": PER_BLOCK, "HALF": HEAD_DIM // 2, "PADDED_HALF": HEAD_DIM // 2, "COLUMNS": HEAD_DIM,
 }  # fmt: skip
 
 
@@ -52,6 +66,7 @@ def compile_for(
     target: Target,
     warps: int = 4,
     stages: int = 2,
+    pointers: dict[str, str] | None = None,
     **options: object,
 ) -> int:
     """Bytes of machine code; fails if a program takes more shared memory than the GPU has."""
@@ -60,7 +75,7 @@ def compile_for(
         if name in constants:
             signature[name], values[(position,)] = "constexpr", constants[name]
         else:
-            signature[name] = POINTERS.get(name, "i32")
+            signature[name] = {**POINTERS, **(pointers or {})}.get(name, "i32")
         # As at run time: addresses, and strides of rows of 128 elements, are multiples of 16.
         if str(signature[name]).startswith("*") or name in STRIDES:
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -113,6 +128,44 @@ def decode(target: Target, padded: bool) -> int:
     return split + compile_for(triton_decode._merge, {**shared, "MERGED": triton_decode.MERGED}, target)
 
 
+def sketch(target: Target, padded: bool) -> int:
+    """Keys and queries, sketched."""
+    constants = {**SKETCH, "INDEXED": padded}
+    half = {"HALF": HEAD_DIM // 2, "PADDED_HALF": HEAD_DIM // 2}
+    index = {} if padded else {"key_index": None, "query_index": None}
+    queries = {"KEPT": KEPT, "COLUMNS": HEAD_DIM}
+    sizes = []
+    for kernel, own, pointers in (
+        (triton_sketch._sketch_keys, half, {}),
+        (triton_sketch._sketch_queries, queries, {"codes": "*i8"}),
+    ):
+        named = {name: value for name, value in {**constants, **own, **index}.items() if name in kernel.arg_names}
+        sizes.append(compile_for(kernel, named, target, 8, pointers=pointers))
+    return sum(sizes)
+
+
+def peaks(target: Target, per_head: bool) -> int:
+    """Scores of a prompt and the peaks of a decode step, from unpacked and from packed keys."""
+    launch, hip = triton_peaks.PeakLaunch(), target.gpu.backend == "hip"
+    group, tile_blocks = HEADS // KV_HEADS, launch.columns // PER_BLOCK
+    constants = {
+        "GROUP": group, "TILE_HEADS": group, "KEPT": KEPT, "TILE_ROWS": launch.rows // (group * KEPT),
+        "ROWS": launch.rows, "TILE_BLOCKS": tile_blocks, "PER_BLOCK": PER_BLOCK, "KEY_SUB": 4, "COLUMNS": HEAD_DIM,
+        "CHUNK": triton_peaks.CHUNK, "PER_HEAD": per_head, "WIDEN": False,
+    }  # fmt: skip
+    limit = {} if hip or launch.max_registers is None else {"maxnreg": launch.max_registers}
+    unpack = {**PACKED, "TILE_BLOCKS": tile_blocks}
+    step = {
+        **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": 256 // PER_BLOCK, "KEY_SUB": 4, "WIDEN": False,
+        "ASM": not hip,
+    }  # fmt: skip
+    return (
+        compile_for(triton_peaks._peaks, constants, target, launch.num_warps, launch.num_stages, **limit)
+        + compile_for(triton_peaks._unpack, unpack, target, pointers={"output": "*i8"})
+        + compile_for(triton_peaks._decode_peaks, step, target)
+    )
+
+
 def select(target: Target, rows: int) -> int:
     """Rows of a prompt of 2,048 blocks, or the kernels of a decode step's selection, shared and per key/value head."""
     launch = triton_select.select_launch(2048, rows, target.device)
@@ -137,7 +190,8 @@ if __name__ == "__main__":
             sizes = {
                 "prefill": prefill(target, padded),
                 "decode": decode(target, padded),
-                "scores": compile_for(triton_scores._scores, {**SCORES, "MEAN": padded}, target),
+                "sketch": sketch(target, padded),
+                "peaks": peaks(target, padded),
                 "select": select(target, 1 if padded else 2048),
             }
             if padded:
