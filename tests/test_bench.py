@@ -41,6 +41,7 @@ from sketch_walk.cli import main
 from sketch_walk.cli.bench import parse_settings
 from sketch_walk.layout import make_layout
 from sketch_walk.selection import BlockSelection
+from sketch_walk.sketch import payload_size
 from sketch_walk.state import LayerSketch
 
 CPU = torch.device("cpu")
@@ -318,7 +319,7 @@ def test_comparison_keeps_graphs_and_sizes_apart() -> None:
 def test_stages_are_those_of_the_layer() -> None:
     rows = run_stages(replace(SMALL, densities=(0.2,), repeats=3))
     assert [row.phase for row in rows] == ["prefill", "decode"]
-    names = ["sketch keys", "scores", "transition rows", "keep rows", "walk", "select", "attend"]
+    names = ["sketch keys", "scores", "transition rows", "select", "attend"]
     for row in rows:
         assert row.reason is None
         assert row.stages is not None
@@ -328,9 +329,9 @@ def test_stages_are_those_of_the_layer() -> None:
         assert row.selector_share == row.layer.median_ms / row.stages["attend"].median_ms - 1
         assert set(row.to_dict()["stages_ms"]) == set(names)
     assert rows[0].block_density == pytest.approx(34 / 55)
-    (row,) = run_stages(replace(SMALL, phases=("prefill",), changes={"walk": "none"}))
+    (row,) = run_stages(replace(SMALL, phases=("prefill",), changes={"walk": "damped"}))
     assert row.stages is not None
-    assert {"walk", "keep rows"}.isdisjoint(row.stages)
+    assert list(row.stages) == [*names[:3], "keep rows", "walk", *names[3:]]
 
 
 def test_stages_of_a_wrong_kernel_have_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,8 +377,9 @@ def test_memory_rows() -> None:
     assert dense.peak_bytes is not None
     assert dense.peak_bytes >= dense.output_bytes
     assert prompt["flexdense"].reason == "it needs a GPU"
-    state = LayerSketch(options.configs()[0])
-    state.allocate(1, (2, 32), (4, 32), torch.bfloat16, CPU)
+    config = options.configs()[0]
+    state = LayerSketch(config)
+    state.allocate(1, (2, payload_size(32, config)), (4, 32), torch.bfloat16, CPU)
     state.reserve(512)
     for row in (layer, step["autolayer"]):
         assert row.state_bytes == state.nbytes()

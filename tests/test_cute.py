@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sketch_walk import create_sketch_walk_config, kernels, sketch_walk_attention
+from sketch_walk import SketchWalkConfig, create_sketch_walk_config, kernels, sketch_walk_attention
 from sketch_walk.extras import MissingExtraError
-from sketch_walk.kernels import attend, attend_dense, available, check_impl, dense, flash_cute, scores_with_triton
+from sketch_walk.kernels import attend, attend_dense, available, check_impl, dense, flash_cute, sketches_with_triton
 from sketch_walk.kernels.flash_cute import Plan
 from sketch_walk.layout import Layout, make_layout
 
@@ -270,11 +270,11 @@ def test_an_explicit_choice_never_falls_back(
 
 
 @needs_triton
-def test_scores_under_cute_are_tritons() -> None:
-    query = torch.zeros(1, 2, 64, 32, device=DEVICE)
-    assert scores_with_triton("cute", query, True, 32, 16, 16, 2)
-    with pytest.raises(ValueError, match="impl 'cute' cannot run this call: it is causal only"):
-        scores_with_triton("cute", query, False, 32, 16, 16, 2)
+def test_sketches_and_scores_under_cute_are_tritons() -> None:
+    query = torch.zeros(1, 2, 64, 64, device=DEVICE)
+    assert sketches_with_triton("cute", query, SketchWalkConfig(), 64)
+    with pytest.raises(ValueError, match="impl 'cute' cannot run this call: sketches must have an even number"):
+        sketches_with_triton("cute", query, SketchWalkConfig(), 7)
 
 
 @pytest.mark.parametrize(
