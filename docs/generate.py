@@ -26,20 +26,34 @@ from sketch_walk import kernels
 from sketch_walk.bench.memory import founding_bytes
 from sketch_walk.cli.app import app
 from sketch_walk.cli.format import bytes_text
-from sketch_walk.complexity import LEAST_ADVISED_DENSITY, PROMISED_STATE_BYTES, ModelShape, count_memory
+from sketch_walk.complexity import (
+    LEAST_ADVISED_DENSITY,
+    PROMISED_STATE_BYTES,
+    SKETCH_SCALE_BYTES,
+    ModelShape,
+    count_memory,
+)
 from sketch_walk.config import PRESETS, SketchWalkConfig, causal_density
+from sketch_walk.kernels import flash_cute
+from sketch_walk.kernels.dense import FASTEST_FROM
+from sketch_walk.sketch import feature_width, payload_size
 
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "benchmarks" / "results"
-QUALITY, SPEED = "yardstick_smollm2_4k.json", "cpu_prompt.json"
-MEMORY = "gpu_memory.json"
-QUALITY_TRITON, GPU_LAYER, DECODE = "yardstick_smollm2_4k_triton.json", "gpu_layer.json", "cpu_decode.json"
+# Under today's rule, and under the rules that came before it.
+QUALITY = "yardstick_smollm2_4k.json"
+EARLIER, EARLIER_TRITON = "yardstick_smollm2_4k_mass.json", "yardstick_smollm2_4k_mass_triton.json"
+SPEED, DECODE = "cpu_prompt.json", "cpu_decode.json"
+GPU_CUTE, GPU_LAYER, MEMORY = "gpu_cute.json", "gpu_layer.json", "gpu_memory.json"
 TASKS = ("noise", "essay", "mk4")
 LENGTHS = (4096, 32_768, 131_072)
 README_LENGTHS = (1024, 2048, 4096, 8000)
 SMOLLM2 = ModelShape(layers=30, heads=9, kv_heads=3, head_dim=64)
 # The run that most tables compare with: the defaults at a fifth of the blocks.
 BASE = {"density": 0.2, "min_blocks": 4}
+EARLIER_BASE = {"block_score": "mass", "walk": "damped", **BASE}
+# The kernels of `impl="cute"` were timed at this shape on this GPU (major compute capability).
+HEAD_DIM, GROUP, CAPABILITY = 128, 4, 9
 REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -66,11 +80,35 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def quality(precision: str = "float32") -> tuple[dict[str, Any], list[Row]]:
-    """The quality file, and its runs whose RoPE frequencies were kept in `precision`."""
-    data = read(QUALITY)
-    assert data is not None, f"{RESULTS / QUALITY} is missing"
-    return data, [row for row in data["results"] if row["rope_frequencies"].startswith(precision)]
+def required(name: str) -> dict[str, Any]:
+    """A result file that must be there."""
+    data = read(name)
+    assert data is not None, f"{RESULTS / name} is missing"
+    return data
+
+
+def precision_of(row: Row) -> str:
+    """How a run's RoPE frequencies were kept: float32 or bfloat16."""
+    return str(row["rope_frequencies"]).partition(" ")[0]
+
+
+def compared(name: str) -> tuple[dict[str, Any], dict[str, list[Row]]]:
+    """A quality file, and its runs by precision, dense first; a precision without a dense run is left out."""
+    data = required(name)
+    by_precision: dict[str, list[Row]] = {}
+    for row in data["results"]:
+        by_precision.setdefault(precision_of(row), []).append(row)
+    return data, {
+        precision: ordered(rows)
+        for precision, rows in by_precision.items()
+        if any(row["config"] == {"rule": "dense"} for row in rows)
+    }
+
+
+def quality() -> tuple[dict[str, Any], list[Row]]:
+    """The quality file of today's rule, and its runs with dense beside them (of the precision with most runs)."""
+    data, by_precision = compared(QUALITY)
+    return data, max(by_precision.values(), key=len)
 
 
 def run_of(rows: Iterable[Row], **config: Any) -> Row:
@@ -90,9 +128,13 @@ def rule_name(config: dict[str, Any]) -> str:
     if rule == "paper":
         written = "" if fields_given.pop("normalise", True) else "normalise=False"
         return f"`SketchWalkConfig.paper({written})`, density {fields_given['density']}"
+    text = "default"
+    if fields_given.get("block_score") == "mass":
+        del fields_given["block_score"]
+        walk = fields_given.pop("walk")
+        text = f"mass scores, {'no' if walk == 'none' else walk} walk"
     changed = {name: value for name, value in fields_given.items() if name not in BASE}
-    text = f"default, density {fields_given['density']}"
-    return text + "".join(f", `{name}={value!r}`" for name, value in changed.items())
+    return f"{text}, density {fields_given['density']}" + "".join(f", `{k}={v!r}`" for k, v in changed.items())
 
 
 def ordered(rows: Iterable[Row]) -> list[Row]:
@@ -110,25 +152,25 @@ def wrapped(text: str) -> str:
     return textwrap.fill(text, width=120, break_on_hyphens=False, break_long_words=False)
 
 
-def setting(data: dict[str, Any]) -> str:
-    """How the quality file was made."""
+def setting(data: dict[str, Any], name: str) -> str:
+    """How a quality file was made."""
+    prompts = f"{data['samples']} prompts per task, " if "samples" in data else ""
     return (
-        f"{data['model']}, prompts of {data['tokens']:,} tokens, {data['samples']} prompts per task, sparse from layer "
-        f"{data['skip_first_n_layers']} up, every call sparse (`dense_below=0`), {data['impl']} kernel, "
-        f"{data['device']}. Source: `benchmarks/results/{QUALITY}`."
+        f"{data['model']}, prompts of {data['tokens']:,} tokens, {prompts}sparse from layer "
+        f"{data['skip_first_n_layers']} up, every call sparse (`dense_below=0`), kernels: {data['impl']}, "
+        f"{data['device']}. Source: `benchmarks/results/{name}`."
     )
 
 
+def frequencies(precision: str) -> str:
+    """What a precision of the RoPE frequencies means."""
+    return {"float32": "RoPE frequencies in float32, as saved", "bfloat16": "whole model cast to bfloat16"}[precision]
+
+
 def readme_results() -> str:
-    """Region: ours and the paper's rule with dense beside them, then the speed on a CPU."""
+    """Region: today's rule with dense beside it, then the speed on a CPU."""
     data, rows = quality()
-    dense = run_of(rows, rule="dense")
-    shown = [
-        run_of(rows, **BASE),
-        run_of(rows, **BASE, dense_tail_blocks=1),
-        run_of(rows, **BASE, walk="none"),
-        run_of(rows, rule="paper", normalise=False, **BASE),
-    ]
+    dense, *sparse = rows
     body = [
         [
             rule_name(row["config"]),
@@ -136,16 +178,52 @@ def readme_results() -> str:
             *(f"{row[task]['accuracy']:.2f} ({dense[task]['accuracy']:.2f})" for task in TASKS),
             f"{row['prose_nll']:.3f} ({dense['prose_nll']:.3f})",
         ]
-        for row in shown
+        for row in sparse
     ]
     needles = (f"one needle in {text}" for text in ("repeated text", "prose"))
     head = ("attention", "blocks read", *needles, "one of four needles", "prose NLL, nats")
     error = standard_error(dense["essay"]["accuracy"], data["samples"])
     text = (
-        f"Quality, dense attention in brackets. {setting(data)} RoPE frequencies in float32. One standard error of the "
+        f"Quality, dense attention of the same run in brackets. {setting(data, QUALITY)} One standard error of the "
         f"prose needles is about {100 * error:.0f} points."
     )
     return "\n\n".join([wrapped(text), table(head, body), speed_table(README_LENGTHS)])
+
+
+def quality_loss() -> str:
+    """Region: today's rule minus dense, with the standard error that two independent samples would have."""
+    data, rows = quality()
+    dense, *sparse = rows
+    body = []
+    for row in sparse:
+        cells = []
+        for task in TASKS:
+            pair = (row[task]["accuracy"], dense[task]["accuracy"])
+            error = math.hypot(*(standard_error(accuracy, data["samples"]) for accuracy in pair))
+            cells.append(f"{100 * (pair[0] - pair[1]):+.1f} ± {100 * error:.1f}")
+        rise = row["prose_nll"] - dense["prose_nll"]
+        body.append(
+            [
+                rule_name(row["config"]),
+                percent(row["block_density"]),
+                *cells,
+                f"{rise:+.3f} ({percent(rise / dense['prose_nll'])})",
+            ]
+        )
+    head = ("attention", "blocks read", *(f"{task}, points" for task in TASKS), "prose NLL, nats")
+    return table(head, body)
+
+
+def config_note(config: dict[str, Any]) -> str:
+    """A sentence when a file's config is not today's default with `BASE`; empty if it is."""
+    today = SketchWalkConfig(**BASE).to_dict()
+    names = [name for name in today if name != "dense_below"]
+    changed = [f"`{name}={config[name]!r}`" for name in names if name in config and config[name] != today[name]]
+    absent = [f"`{name}`" for name in names if name not in config]
+    parts = [f"with {', '.join(changed)}"] if changed else []
+    if absent:
+        parts.append(f"before there were {', '.join(absent)}")
+    return f"**Measured with an earlier default**: {', and '.join(parts)}." if parts else ""
 
 
 def speed_table(lengths: Sequence[int] | None = None) -> str:
@@ -154,13 +232,12 @@ def speed_table(lengths: Sequence[int] | None = None) -> str:
     if data is None:
         return f"Speed on a CPU: not measured in this checkout yet (`benchmarks/results/{SPEED}`)."
     _, rows = quality()
-    dense = run_of(rows, rule="dense")["essay"]["accuracy"]
-    sparse = run_of(rows, **BASE)["essay"]["accuracy"]
-    same = all(data["config"][name] == value for name, value in BASE.items())
+    dense, sparse = rows[0]["essay"]["accuracy"], run_of(rows, **BASE)["essay"]["accuracy"]
+    accuracy = config_note(data["config"])
     accuracy = (
-        f"Prose needles at 4,000 tokens with this setting: {sparse:.2f}, dense {dense:.2f} (`{QUALITY}`)."
-        if same
-        else "The accuracy of this setting is not measured."
+        f"{accuracy} No accuracy of today's default belongs to these times."
+        if accuracy
+        else f"Prose needles at 4,000 tokens with this setting: {sparse:.2f}, dense {dense:.2f} (`{QUALITY}`)."
     )
     body = [
         [
@@ -189,56 +266,123 @@ def speed() -> str:
     return speed_table()
 
 
-def quality_table(precision: str) -> str:
-    """All runs of one precision, dense first."""
-    _, rows = quality(precision)
-    body = [
+def quality_rows(rows: Iterable[Row], *extra: str) -> list[list[str]]:
+    """Lines of a quality table; `extra` names fields of a run that come after its name."""
+    return [
         [
             rule_name(row["config"]),
+            *(str(row[name]) for name in extra),
             f"{row['block_density']:.3f}",
             *(f"{row[task]['accuracy']:.2f} / {row[task]['nll']:.2f}" for task in TASKS),
             f"{row['prose_nll']:.4f}",
         ]
-        for row in ordered(rows)
+        for row in rows
     ]
-    return table(("attention", "block density", *TASKS, "prose NLL"), body)
 
 
-def quality_float32() -> str:
-    """Region: the runs with RoPE frequencies in float32."""
-    return quality_table("float32")
+def quality_today() -> str:
+    """Region: today's rule."""
+    return table(("attention", "block density", *TASKS, "prose NLL"), quality_rows(quality()[1]))
 
 
-def quality_bfloat16() -> str:
-    """Region: the runs with the whole model cast to bfloat16."""
-    return quality_table("bfloat16")
+def quality_earlier() -> str:
+    """Region: the rules that came before, and the published ones, by precision."""
+    data, by_precision = compared(EARLIER)
+    parts = [wrapped(f"{data['what'][0].upper()}{data['what'][1:]}. {setting(data, EARLIER)}")]
+    for precision in ("float32", "bfloat16"):
+        head = (f"attention; {frequencies(precision)}", "block density", *TASKS, "prose NLL")
+        parts.append(table(head, quality_rows(by_precision[precision])))
+    return "\n\n".join(parts)
 
 
-def quality_triton() -> str:
-    """Region: the same questions through the Triton kernels, with more prompts."""
-    data = read(QUALITY_TRITON)
-    assert data is not None, f"{RESULTS / QUALITY_TRITON} is missing"
-    body = [
+def quality_earlier_triton() -> str:
+    """Region: the earlier rule through Triton kernels, with more prompts."""
+    data, by_precision = compared(EARLIER_TRITON)
+    head = ("prompts per task", "block density", *TASKS, "prose NLL")
+    parts = [wrapped(setting(data, EARLIER_TRITON))]
+    for precision in ("float32", "bfloat16"):
+        rows = quality_rows(by_precision[precision], "samples")
+        parts.append(table((f"attention; {frequencies(precision)}", *head), rows))
+    return "\n\n".join(parts)
+
+
+def gpu_cute() -> str:
+    """Region: attention alone on a GPU, Triton and flash-attn-4, beside dense."""
+    data = required(GPU_CUTE)
+    dense = {row["tokens"]: row for row in data["dense"]}
+    body = []
+    for row in data["sparse"]:
+        plan = flash_cute.plan_for(row["block_size"], HEAD_DIM, GROUP, CAPABILITY)
+        assert plan.tile is not None
+        route = f"{plan.route} {plan.tile[0]}x{plan.tile[1]}{' packed' if plan.pack_gqa else ''}"
+        if row["kernel"] not in ("triton", route):
+            continue
+        beside = dense[row["tokens"]]
+        fastest = min(beside[f"{name}_ms"] for name in ("flash", "cudnn", "flash-attn-4"))
+        # What the benchmark selects: a fraction of every row's blocks, two at least.
+        config = SketchWalkConfig(block_size=row["block_size"], density=row["density"], min_blocks=2)
+        body.append(
+            [
+                f"{row['tokens']:,}",
+                str(row["block_size"]),
+                f"{causal_density(row['tokens'], config):.3f}",
+                "`triton`" if row["kernel"] == "triton" else "`cute`",
+                f"{row['ms']:.2f}",
+                f"{row['tflops']:.0f}",
+                f"{beside['flash_ms'] / row['ms']:.2f}×",
+                f"{fastest / row['ms']:.2f}×",
+            ]
+        )
+    text = f"Milliseconds of device time: {data['what']}. {gpu_versions(data)} Source: `benchmarks/results/{GPU_CUTE}`."
+    head = ("tokens", "block", "block density", "kernel", "ms", "TFLOP/s", "over SDPA flash", "over the fastest dense")
+    chunks = [
+        [f"{row['queries']:,}", f"{row['tokens']:,}", str(row["block_size"]), f"`{row['kernel']}`", f"{row['ms']:.2f}",
+         f"{row['host_us']:.0f}"]
+        for row in data["chunks"]
+    ]  # fmt: skip
+    densities = ", ".join(sorted({f"{row['density']:g}" for row in data["chunks"]}))
+    return "\n\n".join(
         [
-            rule_name(row["config"]),
-            row["rope_frequencies"].split(" ")[0],
-            str(row["samples"]),
-            f"{row['block_density']:.3f}",
-            *(f"{row[task]['accuracy']:.2f} / {row[task]['nll']:.2f}" for task in TASKS),
-            f"{row['prose_nll']:.4f}",
+            wrapped(text),
+            table(head, body, left=0),
+            wrapped(f"A chunk of queries after a long cache, density {densities}, and the host's time of the call:"),
+            table(("queries", "keys", "block", "kernel", "ms", "host, µs"), chunks, left=0),
         ]
-        for row in data["results"]
-    ]
-    source = f"Source: `benchmarks/results/{QUALITY_TRITON}`."
-    text = f"Kernel: {data['impl']}, triton {data['triton']}, {data['device']}. {source}"
-    head = ("attention", "RoPE frequencies", "prompts per task", "block density", *TASKS, "prose NLL")
-    return wrapped(text) + "\n\n" + table(head, body, left=2)
+    )
+
+
+def gpu_versions(data: dict[str, Any]) -> str:
+    """Device and versions of a file."""
+    return f"{data['device']}; {', '.join(f'{name} {version}' for name, version in data['versions'].items())}."
+
+
+def gpu_dense() -> str:
+    """Region: dense kernels by length, with the first call's cost and what the automatic path takes."""
+    data = required(GPU_CUTE)
+    body = []
+    for row in data["dense"]:
+        choices = []
+        for installed in (("flash-attn-4", "cudnn"), ("cudnn",)):
+            starts = FASTEST_FROM[CAPABILITY].items()
+            known = [name for name, start in starts if name in installed and row["tokens"] >= start]
+            choices.append(known[0] if known else "torch's own choice")
+        first = f"{row['cudnn_first_ms']:.0f}"
+        times = (f"{row[f'{name}_ms']:.3f}" for name in ("flash", "cudnn", "flash-attn-4"))
+        body.append([f"{row['tokens']:,}", *times, first, *choices])
+    text = (
+        "Milliseconds of dense causal prefill of one layer, Llama-3.1-8B shape, bfloat16, and what dense calls of the "
+        f"automatic path take on that GPU. {gpu_versions(data)} Source: `benchmarks/results/{GPU_CUTE}`."
+    )
+    head = (
+        "tokens", "SDPA flash", "SDPA cuDNN", "flash-attn-4", "cuDNN, first call of a length",
+        "taken with flash-attn-4", "taken without it",
+    )  # fmt: skip
+    return wrapped(text) + "\n\n" + table(head, body, left=0)
 
 
 def gpu_layer() -> str:
     """Region: one layer's prefill on a GPU, selector included."""
-    data = read(GPU_LAYER)
-    assert data is not None, f"{RESULTS / GPU_LAYER} is missing"
+    data = required(GPU_LAYER)
     body = [
         [
             f"{row['tokens']:,}",
@@ -256,8 +400,7 @@ def gpu_layer() -> str:
     ]
     text = (
         f"Milliseconds of device time: {data['what']}. {data['device']}, torch {data['torch']}, "
-        f"triton {data['triton']}; medians of {data['repeats']}. Random tensors: no accuracy belongs to these rows; "
-        "that of the same settings on a small real model is in the [validation report](validation-report.md). "
+        f"triton {data['triton']}; medians of {data['repeats']}. Random tensors: no accuracy belongs to these rows. "
         f"Source: `benchmarks/results/{GPU_LAYER}`."
     )
     head = (
@@ -324,8 +467,7 @@ def _peak_table(rows: Sequence[Row]) -> str:
 
 def cpu_decode() -> str:
     """Region: a decode step of one layer on a CPU."""
-    data = read(DECODE)
-    assert data is not None, f"{RESULTS / DECODE} is missing"
+    data = required(DECODE)
     body = [
         [
             f"{row['tokens']:,}",
@@ -338,42 +480,53 @@ def cpu_decode() -> str:
     ]
     text = (
         f"Milliseconds: {data['what']}; {data['device']}, torch {data['torch']}, medians. "
-        f"Source: `benchmarks/results/{DECODE}`."
+        f"{config_note(data['config'])} Source: `benchmarks/results/{DECODE}`."
     )
     head = ("cached tokens", "dense", "sparse", "dense / sparse", "block density")
     return wrapped(text) + "\n\n" + table(head, body, left=0)
 
 
 def quality_setting() -> str:
-    """Region: how the quality file was made."""
-    data, rows = quality()
-    dense = run_of(rows, rule="dense")
+    """Region: how the quality file of today's rule was made."""
+    data, (dense, *_) = quality()
     errors = ", ".join(
         f"{task} {100 * standard_error(dense[task]['accuracy'], data['samples']):.1f}"
         for task in TASKS
         if 0 < dense[task]["accuracy"] < 1
     )
     return wrapped(
-        f"{setting(data)} Versions: torch {data['torch']}, transformers {data['transformers']}. Prose NLL: "
-        f"{data['prose_passages']} passages. One standard error of the dense accuracies, in points: {errors}."
+        f"{setting(data, QUALITY)} RoPE frequencies: {dense['rope_frequencies']}. Versions: torch {data['torch']}, "
+        f"triton {data['triton']}, transformers {data['transformers']}. Prose NLL: {data['prose_passages']} passages. "
+        f"One standard error of the dense accuracies, in points: {errors}."
     )
 
 
 def walk_finding() -> str:
-    """Region: the default, one hop and dense on prose needles, in both precisions."""
+    """Region: the damped walk beside one hop without a walk and dense, from every run that has the three."""
     body = []
-    for precision, name in (("float32", "float32, as saved"), ("bfloat16", "bfloat16, whole model cast")):
-        _, rows = quality(precision)
-        runs = (run_of(rows, **BASE), run_of(rows, **BASE, walk="none"), run_of(rows, rule="dense"))
-        body.append([name, *(f"{run['essay']['accuracy']:.2f}" for run in runs), f"{runs[0]['block_density']:.3f}"])
-    head = ("RoPE frequencies", "default walk", 'one hop, `walk="none"`', "dense", "block density of the sparse two")
+    for name in (EARLIER, EARLIER_TRITON):
+        data, by_precision = compared(name)
+        for precision, rows in sorted(by_precision.items(), reverse=True):
+            three = [
+                next((row for row in rows if row["config"] == config), None)
+                for config in (EARLIER_BASE, {**EARLIER_BASE, "walk": "none"}, {"rule": "dense"})
+            ]
+            walked, hop, dense = three
+            if walked is None or hop is None or dense is None:
+                continue
+            accuracies = (
+                " / ".join(f"{row[task]['accuracy']:.2f}" for row in (walked, hop, dense)) for task in TASKS[1:]
+            )
+            price = walked["prose_nll"] - hop["prose_nll"]
+            prompts = str(walked.get("samples", data.get("samples")))
+            body.append([f"{frequencies(precision)}; {data['impl']}", prompts, *accuracies, f"{price:+.4f}"])
+    head = ("run", "prompts", *(f"{task}: walk / none / dense" for task in TASKS[1:]), "prose NLL, walk minus none")
     return table(head, body)
 
 
-def knobs() -> str:
-    """Region: one field changed at a time."""
-    data, rows = quality()
-    base, dense = run_of(rows, **BASE), run_of(rows, rule="dense")
+def knob_table(data: dict[str, Any], rows: Sequence[Row], base_config: dict[str, Any]) -> str:
+    """One field changed at a time, beside dense and the base."""
+    base = run_of(rows, **base_config)
 
     def line(name: str, row: Row) -> list[str]:
         scores = []
@@ -383,13 +536,26 @@ def knobs() -> str:
             scores.append(f"{accuracy:.2f} ({prompts:+d})")
         return [name, f"{row['block_density']:.3f}", *scores, f"{row['prose_nll']:.4f}"]
 
-    body = [line("dense", dense), line("default, density 0.2, min_blocks 4", base)]
+    body = [line("dense", run_of(rows, rule="dense")), line(rule_name(base["config"]), base)]
     for row in rows:
-        changed = {k: v for k, v in row["config"].items() if k not in BASE}
+        changed = {k: v for k, v in row["config"].items() if base_config.get(k, ...) != v}
         if "rule" not in changed and changed:
             body.append(line(", ".join(f"`{k}={v!r}`" for k, v in changed.items()), row))
     head = ("changed field", "block density", *(f"{task}, accuracy (prompts)" for task in TASKS), "prose NLL")
     return table(head, body)
+
+
+def knobs() -> str:
+    """Region: fields of today's rule."""
+    data, rows = quality()
+    return wrapped(f"{data['samples']} prompts per task.") + "\n\n" + knob_table(data, rows, BASE)
+
+
+def knobs_earlier() -> str:
+    """Region: fields of the rule that came before."""
+    data, by_precision = compared(EARLIER)
+    text = f"{data['samples']} prompts per task, {frequencies('float32')}."
+    return wrapped(text) + "\n\n" + knob_table(data, by_precision["float32"], EARLIER_BASE)
 
 
 def presets() -> str:
@@ -445,32 +611,59 @@ def _described_fields(doc: str) -> Iterable[tuple[str, tuple[str, str]]]:
             yield name, (kind, meaning)
 
 
+def step_bytes(tokens: int, config: SketchWalkConfig, shape: ModelShape) -> int:
+    """Bytes of key sketches that a decode step reads: the upper half of every block's codes, and its step size."""
+    half = payload_size(feature_width(shape.head_dim, config), config) // 2
+    return math.ceil(tokens / config.block_size) * shape.kv_heads * (half + SKETCH_SCALE_BYTES)
+
+
 def state_bytes() -> str:
-    """Region: the selector's state by length, two model shapes."""
+    """Region: what is kept and what a decode step reads of it, by length, for two model shapes."""
     body = []
-    for label, shape in (("Llama-3.1-8B", ModelShape()), ("SmolLM2-135M", SMOLLM2)):
-        for tokens in (1024, 4096, 32_768, 65_536, 131_072):
-            memory = count_memory(tokens, SketchWalkConfig(), shape)
+    for label, shape, width in (
+        ("Llama-3.1-8B", ModelShape(), 64),
+        ("Llama-3.1-8B", ModelShape(), 128),
+        ("SmolLM2-135M", SMOLLM2, 64),
+    ):
+        config = SketchWalkConfig(sketch_dim=width)
+        for tokens in (4096, 65_536, 131_072):
+            memory, read_bytes = count_memory(tokens, config, shape), step_bytes(tokens, config, shape)
             body.append(
                 [
-                    label,
+                    f"{label}, head_dim {shape.head_dim}",
+                    str(width),
                     f"{tokens:,}",
-                    *map(bytes_text, (memory.key_sketches, memory.transition_rows, memory.query_ring, memory.state)),
-                    percent(memory.state_share),
+                    f"{bytes_text(memory.state)} ({percent(memory.state_share)})",
+                    f"{bytes_text(read_bytes)} ({percent(read_bytes / memory.kv_cache)})",
                 ]
             )
+    head = ("model shape, 16 bits", "`sketch_dim`", "tokens", "kept (of the KV cache)", "read by a decode step")
+    return table(head, body)
+
+
+def state_walk() -> str:
+    """Region: what a walk adds to the state, by length, for two model shapes."""
+    body = []
+    for label, shape in (("Llama-3.1-8B", ModelShape()), ("SmolLM2-135M", SMOLLM2)):
+        for tokens in (1024, 4096, 32_768, 131_072):
+            memory = count_memory(tokens, SketchWalkConfig(walk="damped"), shape)
+            parts = (memory.key_sketches, memory.transition_rows, memory.query_ring, memory.state)
+            body.append([label, f"{tokens:,}", *map(bytes_text, parts), percent(memory.state_share)])
     parts = ("key sketches", "transition rows", "ring", "together")
     return table(("model shape, 16 bits", "tokens", *parts, "share of the KV cache"), body)
 
 
 def state_promise() -> str:
     """Region: the promised size of the state beside the counted one."""
-    memory = count_memory(65_536, SketchWalkConfig(), ModelShape())
-    without = count_memory(65_536, SketchWalkConfig(walk="none"), ModelShape())
+    kept, full, walked = (
+        count_memory(65_536, config, ModelShape())
+        for config in (SketchWalkConfig(), SketchWalkConfig(sketch_dim=128), SketchWalkConfig(walk="damped"))
+    )
     return wrapped(
-        f"At 65,536 tokens the founding document estimates {bytes_text(PROMISED_STATE_BYTES)} for one layer. For the "
-        f"shape of Llama-3.1-8B the default keeps {bytes_text(memory.state)} ({percent(memory.state_share)} of the "
-        f'layer\'s KV cache), and `walk="none"` {bytes_text(without.state)} ({percent(without.state_share)}).'
+        f"At 65,536 tokens the founding document estimates {bytes_text(PROMISED_STATE_BYTES)} for one layer, 6 %. For "
+        f"the shape of Llama-3.1-8B the default keeps {bytes_text(kept.state)} ({percent(kept.state_share)} of the "
+        f"layer's KV cache), sketches of all 128 coordinates {bytes_text(full.state)} ({percent(full.state_share)}), "
+        f'and the default with `walk="damped"` {bytes_text(walked.state)} ({percent(walked.state_share)}).'
     )
 
 
@@ -525,19 +718,24 @@ def _default(value: Any) -> str:
 REGIONS: dict[str, Callable[[], str]] = {
     "readme-results": readme_results,
     "speed": speed,
-    "quality-float32": quality_float32,
-    "quality-bfloat16": quality_bfloat16,
+    "quality": quality_today,
+    "quality-loss": quality_loss,
     "quality-setting": quality_setting,
-    "quality-triton": quality_triton,
+    "quality-earlier": quality_earlier,
+    "quality-earlier-triton": quality_earlier_triton,
+    "gpu-cute": gpu_cute,
+    "gpu-dense": gpu_dense,
     "gpu-layer": gpu_layer,
     "gpu-memory": gpu_memory,
     "cpu-decode": cpu_decode,
     "walk-finding": walk_finding,
     "knobs": knobs,
+    "knobs-earlier": knobs_earlier,
     "presets": presets,
     "preset-costs": preset_costs,
     "config-fields": config_fields,
     "state-bytes": state_bytes,
+    "state-walk": state_walk,
     "state-promise": state_promise,
     "crossover": crossover,
     "commands": commands,

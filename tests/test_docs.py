@@ -14,6 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from sketch_walk import SketchWalkConfig
+from sketch_walk.complexity import ModelShape
+from sketch_walk.sketch import payload_size
+from sketch_walk.state import LayerSketch
+
 PROJECT = Path(__file__).parents[1]
 PAGES = [
     *(PROJECT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
@@ -98,7 +103,7 @@ def test_speed_table_waits_for_its_file_and_shows_density_and_accuracy(
         "what": "a prompt",
         "device": "a CPU",
         "torch": "2",
-        "config": {"density": 0.2, "min_blocks": 4},
+        "config": SketchWalkConfig(density=0.2, min_blocks=4, dense_below=0).to_dict(),
         "crossover_tokens": 2048,
         "results": [{"tokens": tokens, **row} for tokens in (64, 4096)],
     }
@@ -107,9 +112,58 @@ def test_speed_table_waits_for_its_file_and_shows_density_and_accuracy(
     assert "| 64 | 4.00 s | 2.00 s | 2.00× | 2.00× | 2.00× | 22.0 % |" in text
     assert re.search(r"with this setting: 0\.\d\d, dense 0\.\d\d", " ".join(text.split()))
     assert "| 64 |" not in generate.speed_table((4096,))
-    record["config"] = {"density": 0.1, "min_blocks": 4}
+    assert "earlier default" not in text
+    record["config"] = {**record["config"], "walk": "damped"}
+    del record["config"]["query_keep"]
     (tmp_path / generate.SPEED).write_text(json.dumps(record), encoding="utf-8")
-    assert "accuracy of this setting is not measured" in " ".join(generate.speed().split())
+    text = " ".join(generate.speed().split())
+    assert "**Measured with an earlier default**: with `walk='damped'`, and before there were `query_keep`." in text
+    assert "No accuracy of today's default belongs to these times." in text
+    assert "with this setting" not in text
+
+
+def test_runs_without_a_dense_one_beside_them_are_left_out(
+    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(precision: str, nll: float, **config: Any) -> dict[str, Any]:
+        scores = {task: {"accuracy": 0.5, "nll": 0.5} for task in generate.TASKS}
+        return {"config": config, "rope_frequencies": precision, "block_density": 0.2, "prose_nll": nll, **scores}
+
+    runs = [run("float32 (as saved)", 3.5, **generate.BASE), run("bfloat16 (cast)", 3.25, **generate.BASE)]
+    runs.append(run("bfloat16 (cast)", 3.0, rule="dense"))
+    record = {"samples": 100, "results": runs}
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    (tmp_path / generate.QUALITY).write_text(json.dumps(record), encoding="utf-8")
+    table = generate.quality_today()
+    assert "3.2500" in table
+    assert "3.0000" in table
+    assert "3.5000" not in table
+    # Two errors of 5 points each, and a quarter of a nat above 3.
+    assert "| +0.0 ± 7.1 | +0.0 ± 7.1 | +0.0 ± 7.1 | +0.250 (8.3 %) |" in generate.quality_loss()
+
+
+def test_attention_on_a_gpu_shows_every_case_for_both_kernels(generate: ModuleType) -> None:
+    data = generate.required(generate.GPU_CUTE)
+    cases = {(row["tokens"], row["block_size"], row["density"]) for row in data["sparse"]}
+    lines = [line for line in generate.gpu_cute().splitlines() if line.endswith("× |")]
+    assert sum("`triton`" in line for line in lines) == sum("`cute`" in line for line in lines) == len(cases)
+    for line in lines:
+        tokens, *_, ms, _, over_flash, over_fastest = [cell.strip(" ×") for cell in line.strip("|").split("|")]
+        (dense,) = (row for row in data["dense"] if f"{row['tokens']:,}" == tokens)
+        fastest = min(value for name, value in dense.items() if name.endswith("_ms") and "first" not in name)
+        assert float(over_flash) == pytest.approx(dense["flash_ms"] / float(ms), rel=0.01)
+        assert float(over_fastest) == pytest.approx(fastest / float(ms), rel=0.01)
+
+
+def test_a_decode_step_reads_half_of_the_codes_and_all_scales(generate: ModuleType) -> None:
+    config, tokens = SketchWalkConfig(), 4096
+    state = LayerSketch(config)
+    state.allocate(1, (3, payload_size(64, config)), (9, 64), torch.bfloat16, torch.device("cpu"))
+    state.reserve(tokens)
+    codes, scales = state.read_keys(tokens // config.block_size)
+    assert scales is not None
+    shape = ModelShape(heads=9, kv_heads=3, head_dim=64)
+    assert generate.step_bytes(tokens, config, shape) == codes.nbytes // 2 + scales.nbytes
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
