@@ -405,3 +405,106 @@ def _write(figure: Any, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, format="png")
+
+
+class Point(NamedTuple):
+    """A measured value: `x` for lines, `label` for rows, and the ends of its interval if it has one."""
+
+    label: str
+    x: float | None
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Panel(NamedTuple):
+    """Points by the name of their series ("" for a single one) under a title; `dense` is drawn as a level."""
+
+    title: str
+    quantity: str
+    series: Mapping[str, Sequence[Point]]
+    dense: float | None = None
+
+
+def plot_panels(
+    path: str | os.PathLike[str], panels: Sequence[Panel], *, columns: int, xlabel: str | None = None, title: str = ""
+) -> None:
+    """Draw one panel a quantity, and write a PNG: lines over `x` where every point has one, else a row a label.
+
+    Parameters
+    ----------
+    path : str or path
+        File to write; its folder is made.
+    panels : sequence of Panel
+        Row by row, `columns` to a row.
+    xlabel : str, optional
+        What `x` is.
+    title : str
+
+    Raises
+    ------
+    ValueError
+        If there are no panels, `columns` is below 1, or a panel has no points.
+    """
+    if not panels or columns < 1:
+        raise ValueError(f"panels must hold at least one and columns be at least 1, got {len(panels)} and {columns}")
+    if not all(any(panel.series.values()) for panel in panels):
+        raise ValueError("panels must hold at least one point each")
+    found = [point for panel in panels for points in panel.series.values() for point in points]
+    lines = all(point.x is not None for point in found)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    labels = list(dict.fromkeys(point.label for point in found))
+    height = 3.4 if lines else 1.3 + 0.34 * len(labels) * max(1, 0.6 * len(names))
+    figure, axes = _figure(-(-len(panels) // columns), columns, width=3.9, height=height)
+    for i, (axis, panel) in enumerate(zip(axes, panels, strict=False)):
+        for name, points in panel.series.items():
+            style = {"color": SERIES[names.index(name) % len(SERIES)], "label": name or None, "markersize": 5}
+            if lines:
+                _draw_line(axis, sorted(points, key=lambda point: point.x or 0.0), style)
+            else:
+                _draw_rows(axis, points, labels, (names.index(name) + 0.5) / len(names) - 0.5, style)
+        if panel.dense is not None:
+            level = axis.axhline if lines else axis.axvline
+            level(panel.dense, color=INK, linewidth=1.2, linestyle="--", label="dense")
+        axis.set_title(panel.title, fontsize=10)
+        (axis.set_ylabel if lines else axis.set_xlabel)(panel.quantity)
+        if lines:
+            axis.set_xlabel(xlabel or "")
+        else:
+            axis.set_yticks(range(len(labels)), labels if i % columns == 0 else [""] * len(labels))
+            axis.set_ylim(len(labels) - 0.5, -0.5)
+        axis.grid(color="#e6e8eb")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    # The level of dense is in every panel that has one: the first of each name stands for all.
+    known = [pair for axis in axes[: len(panels)] for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
+    legend = {label: handle for handle, label in reversed(known)}
+    if legend:
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title, fontsize=12)
+    _write(figure, path)
+
+
+def _draw_line(axis: Any, points: Sequence[Point], style: Mapping[str, Any]) -> None:
+    x = [point.x or 0.0 for point in points]
+    axis.errorbar(x, [p.y for p in points], yerr=_margins(points), marker="o", linewidth=1.8, capsize=2, **style)
+    if min(x) > 0 and max(x) >= 8 * min(x):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [f"{value:.3g}" for value in x], fontsize=8)
+        axis.minorticks_off()
+
+
+def _draw_rows(
+    axis: Any, points: Sequence[Point], labels: Sequence[str], offset: float, style: Mapping[str, Any]
+) -> None:
+    at = [labels.index(point.label) + 0.7 * offset for point in points]
+    axis.errorbar([p.y for p in points], at, xerr=_margins(points), fmt="o", capsize=2, **style)
+
+
+def _margins(points: Sequence[Point]) -> list[list[float]]:
+    """Lengths of the intervals' arms, below and above; a value outside its interval has an arm on one side."""
+    low = [max(0.0, p.y - p.low) if p.low is not None else 0.0 for p in points]
+    high = [max(0.0, p.high - p.y) if p.high is not None else 0.0 for p in points]
+    return [low, high]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sketch_walk.cli import bench
-from sketch_walk.cli.settings import make_config
+from sketch_walk.cli.settings import make_config, parse_list, parse_tokens
 from sketch_walk.complexity import ModelShape
 
 app = typer.Typer(
@@ -127,6 +127,50 @@ def recall(
         output=output,
         gguf_file=gguf_file,
         device=device,
+    )
+
+
+@app.command()
+def ablate(
+    configs: Annotated[Path, typer.Argument(help="JSON file of groups of configs, such as benchmarks/ablations.json.")],
+    model: Model = None,
+    tokens: Annotated[str | None, typer.Option(help="Lengths, such as 4000,8000. Default: the file's.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Prompts per task. Default: the file's.")] = None,
+    first_seed: Annotated[int | None, typer.Option(help="Seed of the first prompt. Default: the file's.")] = None,
+    groups: Annotated[str | None, typer.Option(help="Names of groups, such as walk,density. Default: all.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Sequences per forward pass. Default: 65,536 tokens on a GPU, 1 on a CPU.")
+    ] = None,
+    kernel: Annotated[str, typer.Option(help="Kernels of the sparse path: auto, reference, triton or cute.")] = "auto",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File to write results to, again after every row.")
+    ] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Folder to write one PNG a group into.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what the --json file holds and measure the rest.")
+    ] = False,
+    seconds: Annotated[float | None, typer.Option(help="Start no row after that many seconds.")] = None,
+    gguf_file: GgufFile = None,
+    device: Device = None,
+) -> None:
+    """Measure what each part of the method is worth, every row beside dense over the same prompts."""
+    from sketch_walk.cli.ablate import run_ablate
+
+    run_ablate(
+        configs=configs,
+        model=model,
+        gguf_file=gguf_file,
+        device=device,
+        tokens=None if tokens is None else parse_tokens("tokens", tokens),
+        samples=samples,
+        first_seed=first_seed,
+        groups=None if groups is None else parse_list(groups),
+        batch=batch,
+        kernel=kernel,
+        json_file=json_file,
+        plots=plots,
+        resume=resume,
+        seconds=seconds,
     )
 
 
