@@ -192,7 +192,8 @@ def test_only_the_blocks_of_the_call_are_written() -> None:
 def test_no_blocks_and_no_rows() -> None:
     layout = make_layout(2, 0, 40, torch.device(DEVICE))
     key = torch.zeros(2, 2, 40, 64, device=DEVICE)
-    codes, scales = torch.full((2, 2, 2, 1024), 3, dtype=torch.uint8, device=DEVICE), torch.ones(2, 2, 2, 1)
+    codes = torch.full((2, 2, 2, 1024), 3, dtype=torch.uint8, device=DEVICE)
+    scales = torch.ones(2, 2, 2, 1, device=DEVICE)
     matrix = torch.eye(64, device=DEVICE)
     sketch_keys(key, layout, 0, codes, scales, matrix, block_size=64, key_sub_block=4, step=0.025)
     assert (codes == 3).all()
@@ -387,6 +388,26 @@ def test_decode_peaks(case: Case) -> None:
     logits = logits.masked_fill(start >= call.layout.length[:, None, None], -math.inf)
     expected = logits.unflatten(-1, (-1, call.per_block)).amax(-1) * call.scale / math.log(2)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("new", [100, 1])
+def test_a_sequence_without_tokens_scores_nothing(new: int) -> None:
+    query, key, value = (x.to(DEVICE) for x in qkv(2, 4, 2, 100, 32))
+    query = query[:, :, -new:]
+    valid = torch.ones(2, 100, dtype=torch.bool, device=DEVICE)
+    valid[1] = False
+    for x in (query, key, value):
+        x[1] = torch.nan
+    layout = make_layout(2, new, 100, query.device, valid=valid)
+    config = SketchWalkConfig(block_size=16, top_k_blocks=3)
+    found, expected = (
+        sketch_walk_attention(query, key, value, config, layout=layout, impl=impl) for impl in ("triton", "reference")
+    )
+    assert (found.walk[1] == 0).all()
+    assert (found.output[1] == 0).all()
+    assert (found.selection.counts[1] == 0).all()
+    assert torch.equal(found.selection.counts, expected.selection.counts)
+    assert torch.isfinite(found.output).all()
 
 
 @pytest.mark.parametrize("columns", [64, 128])
