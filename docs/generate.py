@@ -17,13 +17,16 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from typer import Context
+from typer.models import ArgumentInfo
 
 from sketch_walk import kernels
 from sketch_walk.bench.memory import founding_bytes
+from sketch_walk.cli.ablate_report import body, header
 from sketch_walk.cli.app import app
 from sketch_walk.cli.format import bytes_text
 from sketch_walk.complexity import (
@@ -34,12 +37,15 @@ from sketch_walk.complexity import (
     count_memory,
 )
 from sketch_walk.config import PRESETS, SketchWalkConfig, causal_density
+from sketch_walk.evaluation.ablation import read_plan
 from sketch_walk.kernels import flash_cute
 from sketch_walk.kernels.dense import FASTEST_FROM
 from sketch_walk.sketch import feature_width, payload_size
 
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "benchmarks" / "results"
+IMAGES = PROJECT / "docs" / "images"
+ABLATIONS = "ablations_*.json"
 # Under today's rule, and under the rules that came before it.
 QUALITY = "yardstick_smollm2_4k.json"
 EARLIER, EARLIER_TRITON = "yardstick_smollm2_4k_mass.json", "yardstick_smollm2_4k_mass_triton.json"
@@ -697,6 +703,9 @@ def commands() -> str:
             if not hasattr(hint, "__metadata__"):  # Python 3.10 wraps an option that defaults to None.
                 hint = typing.get_args(hint)[0]
             kind, option = typing.get_args(hint)
+            if isinstance(option, ArgumentInfo):
+                rows.append([f"`{name.upper()}`", _kind(kind), _default(parameter.default), option.help])
+                continue
             given = [text for text in (option.default, *(option.param_decls or ())) if isinstance(text, str)]
             spelled = given or [f"--{name.replace('_', '-')}"]
             rows.append([", ".join(f"`{s}`" for s in spelled), _kind(kind), _default(parameter.default), option.help])
@@ -712,10 +721,56 @@ def _kind(annotation: Any) -> str:
 
 
 def _default(value: Any) -> str:
+    if value is inspect.Parameter.empty:
+        return "required"
     return "" if value is None or value is False else f"`{value}`"
 
 
+def ablation(group: str) -> str:
+    """Region: one group of ablations, from every file that has it: its setting, its picture, a table a length."""
+    parts = []
+    for path in sorted(RESULTS.glob(ABLATIONS)):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        entry = data["groups"].get(group)
+        if entry is None:
+            continue
+        parts.append(wrapped(_ablation_setting(path, data["header"])))
+        picture = IMAGES / path.stem / f"{group}.png"
+        if picture.is_file():
+            parts.append(f"![{entry['question']}]({picture.relative_to(PROJECT / 'docs').as_posix()})")
+        for length, measured in sorted(entry["tokens"].items(), key=lambda item: int(item[0])):
+            parts.append(wrapped(_ablation_samples(entry["measure"], int(length), measured["samples"])))
+            left = 1 if entry["measure"] == "prompt" else 2
+            parts.append(table(("attention", *header(entry, length)[1:]), body(entry, length), left=left))
+    return "\n\n".join(parts) or f"Not measured in this checkout yet (`benchmarks/results/{ABLATIONS}`)."
+
+
+def _ablation_setting(path: Path, made: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "triton", "transformers"))
+    return (
+        f"{made['model'][0].upper()}{made['model'][1:]}, {made['dtype']}, {made['device']}, {versions}, "
+        f"kernel `{made['kernel']}`. Source: `benchmarks/results/{path.name}`."
+    )
+
+
+def _ablation_samples(measure: str, tokens: int, samples: dict[str, Any]) -> str:
+    first, last = samples["first_seed"], samples["first_seed"] + samples["samples"] - 1
+    rest = (
+        f"{samples['passages']} passages"
+        if measure == "prompt"
+        else f"{samples['texts']} continuations of {samples['new_tokens']} tokens"
+    )
+    return f"{tokens:,} tokens, {samples['samples']} prompts per task (seeds {first} to {last}), {rest}:"
+
+
+def ablation_regions() -> dict[str, Callable[[], str]]:
+    """A region for each group of the committed plan."""
+    plan = read_plan(PROJECT / "benchmarks" / "ablations.json")
+    return {f"ablation-{group.name}": partial(ablation, group.name) for group in plan.groups}
+
+
 REGIONS: dict[str, Callable[[], str]] = {
+    **ablation_regions(),
     "readme-results": readme_results,
     "speed": speed,
     "quality": quality_today,
