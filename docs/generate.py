@@ -746,7 +746,8 @@ def ablation(group: str) -> str:
 
 
 def _ablation_setting(path: Path, made: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "triton", "transformers"))
+    names = [name for name in ("torch", "triton", "transformers") if made["versions"][name]]
+    versions = ", ".join(f"{name} {made['versions'][name]}" for name in names)
     return (
         f"{made['model'][0].upper()}{made['model'][1:]}, {made['dtype']}, {made['device']}, {versions}, "
         f"kernel `{made['kernel']}`. Source: `benchmarks/results/{path.name}`."

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -367,6 +370,49 @@ def test_the_committed_plan_asks_everything_the_page_shows() -> None:
     used = {variant.selector for group in plan.groups for variant in group.variants}
     assert {"quest", "xattention", "flexprefill", "block_means", "oracle_max", "local"} <= used
     assert all(variant.config.dense_below == 0 for group in plan.groups for variant in group.variants)
+
+
+def test_the_example_on_the_page_is_a_plan() -> None:
+    page = (PROJECT / "docs" / "ablations.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```json\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    plan = parse_plan(json.loads(example))
+    assert [variant.label for variant in plan.groups[0].variants] == ["64", "128", "oracle, 128", "paper()"]
+    assert plan.groups[0].variants[3].config.head_mode == "mean"
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_ablations", PROJECT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_waits_for_its_files_and_shows_them(
+    generate: ModuleType, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "PROJECT", tmp_path)
+    monkeypatch.setattr(generate, "IMAGES", tmp_path / "docs" / "images")
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    assert generate.ablation("rules").startswith("Not measured in this checkout yet")
+    cli.json = tmp_path / "ablations_tiny.json"
+    cli("--groups", "rules,steps", "--plots", str(tmp_path / "docs" / "images" / "ablations_tiny"))
+    text = generate.ablation("rules")
+    assert "![Whose rule](images/ablations_tiny/rules.png)" in text
+    assert "Source: `benchmarks/results/ablations_tiny.json`." in " ".join(text.split())
+    assert "200 tokens, 3 prompts per task (seeds 0 to 2), 2 passages:" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| icml() |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    found = cli.saved()["groups"]["rules"]["tokens"]["200"]["rows"][2]["modes"]["prefill"]
+    assert cells[1] == f"{100 * found['block_density']:.1f} %"
+    assert cells[3] == f"0.00 / {found['figures']['nll:noise']['mean']:.2f}"
+    over = found["figures"]["prose_nll"]["difference"]
+    assert cells[6] == f"{over['mean']:+.4f} ({over['low']:+.4f} to {over['high']:+.4f})"
+    steps = generate.ablation("steps")
+    assert "| sketch | prompt and steps |" in steps
+    assert "| strided | ValueError: xattention scores prompts" in steps
 
 
 def test_summaries_are_paired() -> None:
