@@ -319,7 +319,7 @@ def test_comparison_keeps_graphs_and_sizes_apart() -> None:
 def test_stages_are_those_of_the_layer() -> None:
     rows = run_stages(replace(SMALL, densities=(0.2,), repeats=3))
     assert [row.phase for row in rows] == ["prefill", "decode"]
-    names = ["sketch keys", "scores", "transition rows", "select", "attend"]
+    names = ["sketch keys", "scores", "select", "attend"]
     for row in rows:
         assert row.reason is None
         assert row.stages is not None
@@ -331,7 +331,7 @@ def test_stages_are_those_of_the_layer() -> None:
     assert rows[0].block_density == pytest.approx(34 / 55)
     (row,) = run_stages(replace(SMALL, phases=("prefill",), changes={"walk": "damped"}))
     assert row.stages is not None
-    assert list(row.stages) == [*names[:3], "keep rows", "walk", *names[3:]]
+    assert list(row.stages) == [*names[:2], "transition rows", "keep rows", "walk", *names[2:]]
 
 
 def test_stages_of_a_wrong_kernel_have_no_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,7 @@ def sketch_walk_attention(
         absorb_keys(state, key, layout, query, impl)
         plain = causal and bias is None and config.mass is None
         if plain and score_with is None and combine_scores is None and step_with_triton(state, query, impl):
-            rows, selection = _one_step(state, query, layout, scale)
+            rows, selection = one_step(state, query, layout, scale)
         else:
             if score_with is None:
                 scores = call_scores(state, query, layout, scale, causal, impl)
@@ -134,7 +134,7 @@ def sketch_walk_attention(
                 if walk is not None:
                     transitions = state.read_rows(rows.shape[3])
                     rows = walk_step(walk, rows, transitions, _row_index(layout, rows, config), config)
-            selection = _select(rows, layout, config, causal, bias, impl)
+            selection = select(rows, layout, config, causal, bias, impl)
     shared = selection.per_head()
     output, used = kernels.attend(
         query,
@@ -153,7 +153,7 @@ def sketch_walk_attention(
     return SketchWalkOutput(output, selection, rows, used)
 
 
-def _one_step(state: LayerSketch, query: Tensor, layout: Layout, scale: float) -> tuple[Tensor, BlockSelection]:
+def one_step(state: LayerSketch, query: Tensor, layout: Layout, scale: float) -> tuple[Tensor, BlockSelection]:
     """Scores and selection of one token per sequence without a walk, in one go."""
     config, blocks = state.config, -(-layout.max_length // state.config.block_size)
     counts = row_counts(config, blocks, query.device)
@@ -164,10 +164,15 @@ def _one_step(state: LayerSketch, query: Tensor, layout: Layout, scale: float) -
     return scores, selection
 
 
-def _select(
-    walk: Tensor, layout: Layout, config: SketchWalkConfig, causal: bool, bias: Tensor | None, impl: str
+def select(
+    walk: Tensor,
+    layout: Layout,
+    config: SketchWalkConfig,
+    causal: bool = True,
+    bias: Tensor | None = None,
+    impl: str = "auto",
 ) -> BlockSelection:
-    """Selection of the call's rows, by the kernel where it serves."""
+    """Selection of the call's rows of R, by the kernel where it serves."""
     dense_tail = config.dense_tail_blocks > 0 and layout.num_queries > 1
     if causal and bias is None and config.mass is None and not dense_tail and kernels.selects_with_triton(impl, walk):
         counts = row_counts(config, walk.shape[3], walk.device)

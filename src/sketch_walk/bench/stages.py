@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sketch_walk.attention import one_step, select
 from sketch_walk.bench.attention import AttentionOptions, Case, is_refusal, layer_call, make_case
 from sketch_walk.bench.checks import MismatchError, check_attend, check_layer, filled_state
 from sketch_walk.bench.inputs import attend_selection
@@ -16,8 +17,8 @@ from sketch_walk.bench.record import timing_dict
 from sketch_walk.bench.timing import NotCapturableError, Timing, capture, first_line, measure
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout
-from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores
-from sketch_walk.selection import block_density, select_blocks
+from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores, step_with_triton
+from sketch_walk.selection import block_density
 from sketch_walk.state import LayerSketch
 from sketch_walk.walk import transition_rows, walk_step
 
@@ -110,16 +111,20 @@ def selector_stages(
         stages.append(Stage(name, call))
         return call()
 
-    stage("sketch keys", partial(absorb_keys, state, key, layout, query))
-    scores = stage("scores", partial(call_scores, state, query, layout, case.scale, impl=impl))
-    rows = stage("transition rows", partial(transition_rows, scores, config))
-    index = layout.first_block(config.block_size)[:, None] + torch.arange(rows.shape[2], device=rows.device)
-    walk = rows
-    if config.uses_walk:
-        stage("keep rows", partial(absorb_rows, state, query, rows, layout, case.scale))
-        walk = stage("walk", lambda: walk_step(rows, rows, state.read_rows(rows.shape[3]), index, config))
-    has_queries = index * config.block_size < layout.length[:, None]
-    selection = stage("select", partial(select_blocks, walk, index, has_queries, config))
+    stage("sketch keys", partial(absorb_keys, state, key, layout, query, impl))
+    blocks = config.block_size
+    rows_of_call = layout.num_query_blocks(blocks)
+    index = layout.first_block(blocks)[:, None] + torch.arange(rows_of_call, device=query.device)
+    if step_with_triton(state, query, impl):
+        _, selection = stage("scores and select", partial(one_step, state, query, layout, case.scale))
+    else:
+        scores = stage("scores", partial(call_scores, state, query, layout, case.scale, impl=impl))
+        walk = scores
+        if config.uses_walk:
+            rows = stage("transition rows", partial(transition_rows, scores, config))
+            stage("keep rows", partial(absorb_rows, state, query, rows, layout, case.scale))
+            walk = stage("walk", lambda: walk_step(rows, rows, state.read_rows(rows.shape[3]), index, config))
+        selection = stage("select", partial(select, walk, layout, config, impl=impl))
     attend = partial(attend_selection, case.inputs, selection.per_head(), layout, config, case.scale, impl)
     _, used = stage(ATTEND, attend)
     return stages, block_density(selection, index), used

@@ -70,8 +70,8 @@ def selector(handle: SketchWalkHandle, which: str | ScoreFunction) -> Iterator[S
 
     Notes
     -----
-    The config's walk and `sparsity_exponent` work on whatever scores come. For a selector as its paper has it, without
-    both, set ``walk="none", sparsity_exponent=1``. With a walk, start a sequence inside the block: transition rows of
+    The config's walk, and with it `sparsity_exponent`, work on whatever scores come; a selector as its paper has it has
+    none, which is the default. With a walk, start a sequence inside the block: transition rows of
     earlier calls, of dense calls, and of blocks that several calls fill come from the sketches.
     """
     function = score_function(which)

@@ -31,8 +31,8 @@ IMPLEMENTATIONS = ("auto", "reference", "triton", "cute")
 # benchmarks/results/cpu_prompt.json, CUDA's on an H100 in benchmarks/results/gpu_layer.json, against its fastest dense
 # kernel. Other devices take CUDA's.
 PREFILL_CROSSOVER = {"cpu": 1536, "cuda": 32768}
-# Cached tokens below which a decode step is not slower dense: benchmarks/results/cpu_decode.json. The selector's many
-# small launches lose to dense on a GPU at every length that was measured (to 131,072 tokens).
+# Cached tokens below which a decode step is not slower dense: benchmarks/results/cpu_decode.json. On a GPU the earlier
+# selector's many small launches lost to dense at every length; a step of the present one is not measured yet.
 DECODE_CROSSOVER = {"cpu": 8192, "cuda": 1 << 20}
 
 # Keys and queries from which "auto" prefers `cute` to `triton` in prefill, by major compute capability
