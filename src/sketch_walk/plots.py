@@ -458,7 +458,12 @@ def plot_panels(
     figure, axes = _figure(-(-len(panels) // columns), columns, width=3.9, height=height)
     for i, (axis, panel) in enumerate(zip(axes, panels, strict=False)):
         for name, points in panel.series.items():
-            style = {"color": SERIES[names.index(name) % len(SERIES)], "label": name or None, "markersize": 5}
+            style = {
+                "color": SERIES[names.index(name) % len(SERIES)],
+                "label": name or None,
+                "markersize": 5,
+                "elinewidth": 1,
+            }
             if lines:
                 _draw_line(axis, sorted(points, key=lambda point: point.x or 0.0), style)
             else:
@@ -480,7 +485,9 @@ def plot_panels(
         axis.axis("off")
     # The level of dense is in every panel that has one: the first of each name stands for all.
     known = [pair for axis in axes[: len(panels)] for pair in zip(*axis.get_legend_handles_labels(), strict=True)]
-    legend = {label: handle for handle, label in reversed(known)}
+    legend: dict[str, Any] = {}
+    for handle, label in known:
+        legend.setdefault(label, handle)
     if legend:
         figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(title, fontsize=12)

@@ -130,7 +130,7 @@ def _describe(store: Store, model: str | None, loaded: LoadedModel, kernel: str)
         "kernel": kernel,
         **environment(torch.device(device)).to_dict(),
     }
-    compared = ("model", "dtype", "kernel", "device")
+    compared = ("model", "dtype", "kernel", "device", "versions")
     differing = [name for name in compared if store.header and store.header.get(name) != header[name]]
     if differing:
         found = {name: store.header.get(name) for name in differing}

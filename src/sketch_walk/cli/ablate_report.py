@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
@@ -88,9 +89,11 @@ def tables(groups: dict[str, Entry]) -> Iterator[Table]:
         for length in entry["tokens"]:
             samples = entry["tokens"][length]["samples"]
             first, last = samples["first_seed"], samples["first_seed"] + samples["samples"] - 1
-            table = Table(title=f"{name}, {int(length):,} tokens, seeds {first} to {last}")
+            table = Table(
+                title=f"{name}, {int(length):,} tokens, seeds {first} to {last}", box=SIMPLE, padding=(0, 1, 0, 0)
+            )
             for i, column in enumerate(header(entry, length)):
-                table.add_column(column, justify="left" if i == 0 else "right")
+                table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
             for cells in body(entry, length):
                 table.add_row(*map(escape, cells))
             yield table

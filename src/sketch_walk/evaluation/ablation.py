@@ -272,12 +272,14 @@ class Store:
         return key in self.measurements and "error" not in self.measurements[key]
 
     def save(self) -> None:
-        """Write the file, one measurement a line; a run that is cut while writing leaves the old one."""
+        """Write the file, one group and one measurement a line; a run that is cut while writing leaves the old one."""
         if self.path is None:
             return
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in self.measurements.items())
-        parts = (f'"header": {json.dumps(self.header)}', f'"groups": {json.dumps(self.groups, indent=1)}')
-        text = "{" + ",\n".join(parts) + f',\n"measurements": {{\n{lines}\n}}}}\n'
+        parts = [f'"header": {json.dumps(self.header)}']
+        for name, values in (("groups", self.groups), ("measurements", self.measurements)):
+            lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
+            parts.append(f'"{name}": {{\n{lines}\n}}')
+        text = "{" + ",\n".join(parts) + "}\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(".partial")
         scratch.write_text(text, encoding="utf-8")
