@@ -761,6 +761,8 @@ def _ablation_samples(measure: str, tokens: int, samples: dict[str, Any]) -> str
         if measure == "prompt"
         else f"{samples['texts']} continuations of {samples['new_tokens']} tokens"
     )
+    if "text_sha256" in samples:
+        rest += f" of a text (SHA-256 {samples['text_sha256']}...)"
     return f"{tokens:,} tokens, {samples['samples']} prompts per task (seeds {first} to {last}), {rest}:"
 
 

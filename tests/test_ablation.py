@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -147,6 +148,21 @@ def test_prose_loss_is_of_the_second_half(tiny: LoadedModel) -> None:
     with torch.inference_mode():
         logits = tiny.model(input_ids=ids).logits[0, 60:-1]
     assert scores.prose_nll[2] == pytest.approx(torch.nn.functional.cross_entropy(logits, ids[0, 61:]).item(), abs=1e-4)
+
+
+def test_passages_of_a_text(tiny: LoadedModel) -> None:
+    text = "One two three four five six seven eight nine ten. " * 20
+    ids = tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
+    workload = make_workload(tiny.tokenizer, 40, tasks=(), samples=1, passages=3, text=text)
+    assert workload.passages.flatten().tolist() == ids[:120]
+    with pytest.raises(ValueError, match=f"text must have 4000 tokens for 100 passages of 40, got {len(ids)}"):
+        make_workload(tiny.tokenizer, 40, tasks=(), samples=1, passages=100, text=text)
+    plan = parse_plan(PLAN)
+    other = replace(plan, text=text)
+    assert measurement_key(plan, "prompt", None, 200) != measurement_key(other, "prompt", None, 200)
+    assert other.workload_options("decode")["text"] == text
+    assert "text_sha256" not in other.workload_options("decode")
+    assert text not in json.dumps(other.samples_of("decode"))
 
 
 def test_bad_workloads(tiny: LoadedModel) -> None:
@@ -517,9 +533,13 @@ def test_a_cut_run_goes_on(cli: Cli, tmp_path: Path) -> None:
     assert code == 0, output
     assert set(cli.saved()["groups"]) == {"rules", "density"}
     assert first.items() <= cli.saved()["measurements"].items()
-    code, output, last = cli("--groups", "rules", "--tokens", "220", "--resume")
+    text = tmp_path / "text.txt"
+    text.write_text("To be read aloud, slowly. " * 100, encoding="utf-8")
+    code, output, last = cli("--groups", "rules", "--tokens", "220", "--resume", "--file", str(text))
     assert code == 0, output
-    assert set(cli.saved()["groups"]["rules"]["tokens"]) == {"200", "220"}
+    lengths = cli.saved()["groups"]["rules"]["tokens"]
+    assert [sorted(lengths), "text_sha256" in lengths["200"]["samples"]] == [["200", "220"], False]
+    assert len(lengths["220"]["samples"]["text_sha256"]) == 12
 
 
 def test_measurements_of_two_kinds_do_not_mix(cli: Cli) -> None:

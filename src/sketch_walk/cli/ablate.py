@@ -37,6 +37,7 @@ PIPED_WIDTH = 200
 def run_ablate(
     *,
     configs: Path,
+    file: Path | None,
     model: str | None,
     gguf_file: str | None,
     device: str | None,
@@ -58,7 +59,8 @@ def run_ablate(
     typer.Exit
         With code 1 if a row failed or time ran out.
     """
-    changes: dict[str, Any] = {"tokens": tokens, "samples": samples, "first_seed": first_seed}
+    text = None if file is None else file.read_text(encoding="utf-8")
+    changes: dict[str, Any] = {"tokens": tokens, "samples": samples, "first_seed": first_seed, "text": text}
     plan = replace(read_plan(configs), **{name: value for name, value in changes.items() if value is not None})
     if groups is not None:
         plan = choose_groups(plan, groups)

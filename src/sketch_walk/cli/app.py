@@ -134,6 +134,9 @@ def recall(
 def ablate(
     configs: Annotated[Path, typer.Argument(help="JSON file of groups of configs, such as benchmarks/ablations.json.")],
     model: Model = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Text file to take passages from. Default: built-in prose.")
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help="Lengths, such as 4000,8000. Default: the file's.")] = None,
     samples: Annotated[int | None, typer.Option(help="Prompts per task. Default: the file's.")] = None,
     first_seed: Annotated[int | None, typer.Option(help="Seed of the first prompt. Default: the file's.")] = None,
@@ -158,6 +161,7 @@ def ablate(
 
     run_ablate(
         configs=configs,
+        file=file,
         model=model,
         gguf_file=gguf_file,
         device=device,

@@ -64,7 +64,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: groups, and the samples that all of them share."""
+    """What to measure: groups, and the samples that all of them share; passages are of `text`, if one is given."""
 
     groups: tuple[Group, ...]
     tokens: tuple[int, ...] = (4000,)
@@ -74,6 +74,7 @@ class Plan:
     passages: int = 8
     texts: int = 8
     new_tokens: int = 128
+    text: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "new_tokens"):
@@ -90,10 +91,17 @@ class Plan:
 
     def samples_of(self, kind: str) -> dict[str, Any]:
         """The settings that decide which samples a measurement saw."""
-        shared = {"samples": self.samples, "first_seed": self.first_seed, "tasks": list(self.tasks)}
+        shared: dict[str, Any] = {"samples": self.samples, "first_seed": self.first_seed, "tasks": list(self.tasks)}
+        if self.text is not None:
+            shared["text_sha256"] = hashlib.sha256(self.text.encode()).hexdigest()[:12]
         if kind == "prompt":
             return {**shared, "passages": self.passages}
         return {**shared, "texts": self.texts, "new_tokens": self.new_tokens}
+
+    def workload_options(self, kind: str) -> dict[str, Any]:
+        """`samples_of` as `make_workload` and `make_decode_workload` take it."""
+        options = {name: value for name, value in self.samples_of(kind).items() if name != "text_sha256"}
+        return {**options, "text": self.text}
 
 
 class Row(NamedTuple):
@@ -147,7 +155,7 @@ def parse_plan(values: dict[str, Any]) -> Plan:
 
 
 def _plan_settings() -> tuple[str, ...]:
-    return tuple(name for name in Plan.__dataclass_fields__ if name != "groups")
+    return tuple(name for name in Plan.__dataclass_fields__ if name not in ("groups", "text"))
 
 
 def _parse_group(where: str, values: dict[str, Any], base: dict[str, Any]) -> Group:
@@ -379,8 +387,7 @@ class _Runner:
         from sketch_walk.integrations.transformers import enable
 
         if self.prompts is None or self.prompts.tokens != row.tokens:
-            settings = self.plan.samples_of("prompt")
-            self.prompts = make_workload(self.tokenizer, row.tokens, **settings)
+            self.prompts = make_workload(self.tokenizer, row.tokens, **self.plan.workload_options("prompt"))
         if row.variant is None:
             scores = measure(self.model, self.prompts, batch=self.batch)
         else:
@@ -414,7 +421,7 @@ class _Runner:
 
     def _decode_workload(self, tokens: int) -> DecodeWorkload:
         if self.decodes is None or self.decodes.needles.tokens != tokens:
-            self.decodes = make_decode_workload(self.tokenizer, tokens, **self.plan.samples_of("decode"))
+            self.decodes = make_decode_workload(self.tokenizer, tokens, **self.plan.workload_options("decode"))
         return self.decodes
 
 

@@ -119,6 +119,7 @@ def make_workload(
     samples: int = 64,
     first_seed: int = 0,
     passages: int = 4,
+    text: str | None = None,
 ) -> Workload:
     """Tokenize the prompts of seeds `first_seed` ... `first_seed + samples - 1` for each task, and prose passages.
 
@@ -128,11 +129,13 @@ def make_workload(
         Tokens of every prompt and of every passage, exact.
     passages : int
         May be 0.
+    text : str, optional
+        Take consecutive passages of this text instead of the library's prose.
 
     Raises
     ------
     ValueError
-        If there is nothing to do, a count is out of range, or as `make_sample`.
+        If there is nothing to do, a count is out of range, `text` is too short, or as `make_sample`.
     """
     if samples < 1 or passages < 0:
         raise ValueError(f"samples must be at least 1 and passages at least 0, got {samples} and {passages}")
@@ -150,18 +153,34 @@ def make_workload(
         for (task, _), found in by_length.items()
         for order, prompts, answers in [zip(*found, strict=True)]
     )
-    texts = [passage(tokenizer, tokens, FIRST_PASSAGE + first_seed + i) for i in range(passages)]
-    stacked = torch.stack(texts) if texts else torch.empty(0, tokens, dtype=torch.int64)
-    return Workload(tokens, samples, first_seed, groups, stacked)
+    return Workload(tokens, samples, first_seed, groups, make_passages(tokenizer, tokens, passages, first_seed, text))
 
 
-def passage(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> Int[Tensor, " tokens"]:
-    """The first `tokens` tokens of prose number `seed`."""
+def make_passages(
+    tokenizer: PreTrainedTokenizerBase, tokens: int, count: int, first_seed: int = 0, text: str | None = None
+) -> Int[Tensor, "passages tokens"]:
+    """`count` passages of `tokens` tokens: prose of seeds that no needle prompt has, or the first ones of `text`.
+
+    Raises
+    ------
+    ValueError
+        If `text` is too short.
+    """
+    if text is None:
+        rows = [_prose_ids(tokenizer, tokens, FIRST_PASSAGE + first_seed + i) for i in range(count)]
+        return torch.tensor(rows, dtype=torch.int64).view(count, tokens)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: count * tokens]
+    if len(ids) < count * tokens:
+        raise ValueError(f"text must have {count * tokens} tokens for {count} passages of {tokens}, got {len(ids)}")
+    return torch.tensor(ids, dtype=torch.int64).view(count, tokens)
+
+
+def _prose_ids(tokenizer: PreTrainedTokenizerBase, tokens: int, seed: int) -> list[int]:
     characters = 6 * tokens
     while True:
-        ids = tokenizer(prose(seed, characters), add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = tokenizer(prose(seed, characters), add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= tokens:
-            return torch.tensor(ids[:tokens])
+            return ids[:tokens]
         characters *= 2
 
 

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.evaluation.batched import (
-    FIRST_PASSAGE,
     Densities,
     Workload,
     check_run,
     in_parts,
     judge,
+    make_passages,
     make_workload,
-    passage,
 )
 from sketch_walk.evaluation.selectors import SKETCH, selector
 
@@ -105,8 +104,10 @@ def make_decode_workload(
     first_seed: int = 0,
     texts: int = 8,
     new_tokens: int = 128,
+    text: str | None = None,
 ) -> DecodeWorkload:
-    """Needle prompts as `make_workload` makes them, and prose passages to continue; all of exactly `tokens` tokens.
+    """Needle prompts as `make_workload` makes them, and passages of prose, or of `text`, to continue; all of exactly
+    `tokens` tokens.
 
     Raises
     ------
@@ -116,9 +117,7 @@ def make_decode_workload(
     if texts < 0 or new_tokens < 1:
         raise ValueError(f"texts must be at least 0 and new_tokens at least 1, got {texts} and {new_tokens}")
     needles = make_workload(tokenizer, tokens, tasks=tasks, samples=samples, first_seed=first_seed, passages=0)
-    found = [passage(tokenizer, tokens, FIRST_PASSAGE + first_seed + i) for i in range(texts)]
-    stacked = torch.stack(found) if found else torch.empty(0, tokens, dtype=torch.int64)
-    return DecodeWorkload(needles, stacked, new_tokens)
+    return DecodeWorkload(needles, make_passages(tokenizer, tokens, texts, first_seed, text), new_tokens)
 
 
 def measure_dense_decode(model: PreTrainedModel, workload: DecodeWorkload, batch: int | None = None) -> DenseDecode:
