@@ -49,7 +49,7 @@ ABLATIONS = "ablations_*.json"
 # Under today's rule, and under the rules that came before it.
 QUALITY = "yardstick_smollm2_4k.json"
 EARLIER, EARLIER_TRITON = "yardstick_smollm2_4k_mass.json", "yardstick_smollm2_4k_mass_triton.json"
-SPEED, DECODE = "cpu_prompt.json", "cpu_decode.json"
+SPEED, DECODE, GENERATION = "cpu_prompt.json", "cpu_decode.json", "cpu_generation.json"
 GPU_CUTE, GPU_LAYER, MEMORY = "gpu_cute.json", "gpu_layer.json", "gpu_memory.json"
 TASKS = ("noise", "essay", "mk4")
 LENGTHS = (4096, 32_768, 131_072)
@@ -486,10 +486,33 @@ def cpu_decode() -> str:
     ]
     text = (
         f"Milliseconds: {data['what']}; {data['device']}, torch {data['torch']}, medians. "
-        f"{config_note(data['config'])} Source: `benchmarks/results/{DECODE}`."
+        f"{config_note(data['config'])} Source: `benchmarks/results/{DECODE}`.".strip()
     )
     head = ("cached tokens", "dense", "sparse", "dense / sparse", "block density")
     return wrapped(text) + "\n\n" + table(head, body, left=0)
+
+
+def generation() -> str:
+    """Region: needle questions answered by generation."""
+    data = read(GENERATION)
+    if data is None:
+        return wrapped(f"Not measured in this checkout yet (`benchmarks/results/{GENERATION}`).")
+    tasks = tuple(data["results"][0]["right"])
+    body = [
+        [
+            "dense" if row["mode"] == "dense" else rule_name(row["config"]),
+            {"both": "prompt and steps", "prefill": "prompt", "decode": "steps"}.get(row["mode"], ""),
+            f"{row['block_density']:.3f}",
+            *(f"{row['right'][task]} of {row['of']}" for task in tasks),
+            str(sum(row["right"].values())),
+        ]
+        for row in data["results"]
+    ]
+    text = (
+        f"Right answers: {data['what']}, prompts of {data['tokens']:,} tokens, seeds {data['seeds']}; {data['model']}, "
+        f"{data['device']}. Source: `benchmarks/results/{GENERATION}`."
+    )
+    return wrapped(text) + "\n\n" + table(("attention", "sparse", "block density", *tasks, "all"), body, left=2)
 
 
 def quality_setting() -> str:
@@ -786,6 +809,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "gpu-layer": gpu_layer,
     "gpu-memory": gpu_memory,
     "cpu-decode": cpu_decode,
+    "generation": generation,
     "walk-finding": walk_finding,
     "knobs": knobs,
     "knobs-earlier": knobs_earlier,

@@ -150,6 +150,25 @@ def test_chunks_of_ragged_batches(
     assert_same(found, expected_rows(scores, first, length, config))
 
 
+@pytest.mark.parametrize("tail", [1, 2, 50])
+@pytest.mark.parametrize("kind", ["random", "ties"])
+def test_a_dense_tail_of_each_sequence(tail: int, kind: str) -> None:
+    """The last rows of every sequence of a ragged batch read all their blocks, the others their budget."""
+    config, first, length = configured(top_k_blocks=3), [0, 2], [9 * BLOCK - 1, 7 * BLOCK]
+    scores = scores_of(kind, (2, 1, 9, 9), seed=tail)
+    row_index = torch.tensor(first, device=DEVICE)[:, None] + torch.arange(9, device=DEVICE)
+    ends = torch.tensor(length, device=DEVICE)[:, None]
+    expected = select_blocks(
+        scores,
+        row_index,
+        row_index * BLOCK < ends,
+        config,
+        dense_rows=row_index > (ends - 1) // BLOCK - tail,
+    ).per_head()
+    assert expected.counts.amax() == 9
+    assert_same(run_rows(scores, first, length, config, tail=tail, width=9), expected)
+
+
 def test_fractions_of_a_row_forced() -> None:
     config = SketchWalkConfig.icml(block_size=BLOCK, dense_tail_blocks=0)
     scores = scores_of("random", (1, 1, 3, 200), seed=3)

@@ -173,17 +173,18 @@ def select(
     impl: str = "auto",
 ) -> BlockSelection:
     """Selection of the call's rows of R, by the kernel where it serves."""
-    dense_tail = config.dense_tail_blocks > 0 and layout.num_queries > 1
-    if causal and bias is None and config.mass is None and not dense_tail and kernels.selects_with_triton(impl, walk):
+    tail = config.dense_tail_blocks if layout.num_queries > 1 else 0
+    if causal and bias is None and config.mass is None and kernels.selects_with_triton(impl, walk):
         counts = row_counts(config, walk.shape[3], walk.device)
         return BlockSelection(
             *kernels.select_rows(
                 walk,
                 layout,
                 counts,
-                width=config.budget(walk.shape[3]),
+                width=walk.shape[3] if tail else config.budget(walk.shape[3]),
                 block_size=config.block_size,
                 per_head=config.head_mode == "per_kv_head",
+                tail=tail,
             )
         )
     row_index = _row_index(layout, walk, config)
@@ -192,7 +193,7 @@ def select(
         row_index,
         has_queries=row_index * config.block_size < layout.length[:, None],
         config=config,
-        dense_rows=_dense_rows(layout, row_index, config) if dense_tail else None,
+        dense_rows=_dense_rows(layout, row_index, config) if tail else None,
         available=None if causal else _all_blocks(layout, row_index, config),
         allowed=None if bias is None else masks.allowed_blocks(bias, layout, config.block_size, *walk.shape[2:]),
     )

@@ -284,6 +284,7 @@ def select_rows(
     width: int,
     block_size: int,
     per_head: bool,
+    tail: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Indices and counts of `sketch_walk.selection.select_blocks`, in one Triton kernel.
 
@@ -293,12 +294,14 @@ def select_rows(
         `sketch_walk.selection.row_counts`: blocks to read, first and last ones forced.
     width : int
         Columns of the page table.
+    tail : int
+        Last blocks of each sequence whose rows read everything.
     """
     from sketch_walk.kernels import triton_select
 
     first = None if layout.num_queries == 1 else layout.first_block(block_size)
     indices, counts = triton_select.select_rows(
-        scores, first, layout.length, *row_counts, width=width, block_size=block_size, per_head=per_head
+        scores, first, layout.length, *row_counts, width=width, block_size=block_size, per_head=per_head, tail=tail
     )
     return (indices, counts) if per_head else (indices[:, 0], counts[:, 0])
 

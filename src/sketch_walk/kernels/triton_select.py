@@ -124,11 +124,12 @@ def _cut(rank, available, wanted, THRESHOLDS: tl.constexpr):
 
 @triton.jit
 def _choose(
-    scores, column, row, available, budget, sink, local, indices, counts, width,
+    scores, column, row, available, budget, sink, local, indices, counts, width, dense,
     THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
-    """Writes one row of the page table, at `indices` and `counts`, from its scores [COLUMNS]."""
-    wanted = tl.minimum(tl.minimum(tl.load(budget + available).to(tl.int32), available), width)
+    """Writes one row of the page table, at `indices` and `counts`, from its scores [COLUMNS]; all of it if `dense`."""
+    wanted = tl.where(dense, available, tl.load(budget + available).to(tl.int32))
+    wanted = tl.minimum(tl.minimum(wanted, available), width)
     first = tl.load(sink + available).to(tl.int32)
     last = tl.load(local + available).to(tl.int32)
     rank = _ranks(scores, column, row, available, first, last)
@@ -158,7 +159,7 @@ def _last_row(length, sequence, num_blocks, BLOCK: tl.constexpr):
 def _select(
     scores, first_block, length, budget, sink, local, best, indices, counts,
     s_batch, s_selection, s_row, s_part,
-    num_rows, num_selections, num_blocks, width,
+    num_rows, num_selections, num_blocks, width, tail,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     """One row of scores; with several PARTS, the last row of a sequence, whose scores are the greatest of the parts."""
@@ -185,7 +186,7 @@ def _select(
         tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
     _choose(
         values, column, row, available, budget, sink, local, indices + place * width, counts + place, width,
-        THRESHOLDS, FILL,
+        row > ((tl.load(length + sequence) - 1) // BLOCK).to(tl.int32) - tail, THRESHOLDS, FILL,
     )  # fmt: skip
 
 
@@ -224,7 +225,7 @@ def _from_peaks(
     if CHOOSE:
         _choose(
             values, column, row, available, budget, sink, local, indices + place * width, counts + place, width,
-            THRESHOLDS, FILL,
+            False, THRESHOLDS, FILL,
         )  # fmt: skip
 
 
@@ -239,9 +240,10 @@ def select_rows(
     width: int,
     block_size: int,
     per_head: bool,
+    tail: int = 0,
     launch: SelectLaunch | None = None,
 ) -> SelectedRows:
-    """As `selection.select_blocks`, causal, without a mask, dense rows or `mass`.
+    """As `selection.select_blocks`, causal, without a mask or `mass`.
 
     Parameters
     ----------
@@ -259,6 +261,8 @@ def select_rows(
         Tokens of a block.
     per_head : bool
         Whether `scores` may have more than one selection.
+    tail : int
+        Last blocks of each sequence whose rows read everything; `width` then counts all blocks.
     launch : SelectLaunch, optional
         Default: `select_launch`.
 
@@ -285,7 +289,7 @@ def select_rows(
         launch = launch or select_launch(columns, counts.numel(), device_of(scores.device))
         _select[(rows, selections, batch)](
             scores, first_block, length, budget, sink, local, None, table, counts,
-            *scores.stride()[:3], 0, rows, selections, blocks, width,
+            *scores.stride()[:3], 0, rows, selections, blocks, width, tail,
             BLOCK=block_size, PARTS=1, COLUMNS=columns, THRESHOLDS=launch.thresholds,
             FILL=triton.next_power_of_2(width), num_warps=launch.num_warps,
         )  # fmt: skip
@@ -362,7 +366,7 @@ def select_from_peaks(
     if parts > 1:
         _select[(1, selections, batch)](
             shares, None, length, budget, sink, local, scores, table, counts,
-            *shares.stride()[:2], 0, shares.stride(2), 1, selections, blocks, width,
+            *shares.stride()[:2], 0, shares.stride(2), 1, selections, blocks, width, 0,
             **common, num_warps=launch.num_warps,
         )  # fmt: skip
     return ScoredRows(scores, table, counts)
