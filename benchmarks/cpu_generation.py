@@ -20,7 +20,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from sketch_walk import SketchWalkConfig
+from sketch_walk import SketchWalkConfig, causal_density
 from sketch_walk.evaluation import evaluate
 from sketch_walk.evaluation.runner import EvaluationResult
 from sketch_walk.integrations.models import load
@@ -63,12 +63,13 @@ def main() -> None:
         }
         begin = time.perf_counter()
         density = 1.0
+        if fields is not None and mode != "decode":
+            density = causal_density(args.tokens, SketchWalkConfig(**fields))
         if fields is None:
             result = evaluate(loaded.model, loaded.tokenizer, **settings)
         else:
-            with enable(loaded.model, SketchWalkConfig(**fields), mode=mode, record=True) as handle:
-                result = evaluate(loaded.model, loaded.tokenizer, handle=handle, **settings)
-                density = handle.summary()["block_density"]
+            with enable(loaded.model, SketchWalkConfig(**fields), mode=mode):
+                result = evaluate(loaded.model, loaded.tokenizer, **settings)
         row = {
             "config": fields or {"rule": "dense"},
             "mode": mode,
@@ -87,7 +88,7 @@ def main() -> None:
         "device": f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "block_density_note": "mean over the sparse calls, prompt and decode steps alike; sparse layers only",
+        "block_density_note": "of the prompt, counted from the budgets at that length; sparse layers only",
         "results": rows,
     }
     if args.out:
