@@ -10,6 +10,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,6 @@ from sketch_walk.sketch import (
     QuerySketch,
     block_scores,
     feature_width,
-    kept_sub_queries,
     payload_size,
     rotation,
 )
@@ -107,7 +107,7 @@ class Call:
         self.blocks = -(-self.layout.max_length // self.config.block_size)
         self.rows = self.layout.num_query_blocks(self.config.block_size)
         sub_queries = 1 if new == 1 else self.config.block_size // self.config.query_sub_block
-        self.kept = kept_sub_queries(sub_queries, self.config)
+        self.kept = self.config.kept_sub_queries(sub_queries)
 
     def matrix(self) -> Tensor:
         return rotation(self.key.shape[3], self.config, self.key.device, kernels.product_dtype())
@@ -576,3 +576,13 @@ def test_rows_of_dense_calls_keep_to_the_choice(monkeypatch: pytest.MonkeyPatch,
     call = Call((1, 4, 2, 100, 0, 32, None, {"block_size": 32, "walk": "damped"}))
     absorb_call(LayerSketch(call.config), call.query, call.key, call.layout, 32**-0.5, impl=impl)
     assert calls == (["sketch_keys", "peak_scores"] if kernel else [])
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_auto_leaves_compiled_graphs_to_torch(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch looks at the device, which a graph that is being compiled cannot hold; an explicit choice stands."""
+    on_gpu = SimpleNamespace(is_cuda=True, stride=lambda dim: 1, dtype=torch.float32, shape=(1, 1, 1, 8))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    for impl, expected in (("auto", not compiling), ("triton", True), ("reference", False)):
+        assert sketches_with_triton(impl, on_gpu, SketchWalkConfig(), 64) is expected  # type: ignore[arg-type]
+        assert kernels.selects_with_triton(impl, on_gpu) is expected  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sketch_walk.config import SketchWalkConfig, calculate_sparsity, causal_density
-from sketch_walk.sketch import feature_width, kept_sub_queries, payload_size, selection_heads, sketched_heads
+from sketch_walk.sketch import feature_width, payload_size, selection_heads, sketched_heads
 
 # Below this fraction of the causal blocks retrieval is no longer measured to hold.
 LEAST_ADVISED_DENSITY = 0.02
@@ -208,7 +208,7 @@ def _check_shape(shape: ModelShape) -> None:
 def _scoring_queries(seq_len: int, config: SketchWalkConfig) -> int:
     """Sub-queries of one head that take part in the scores of a prompt."""
     per_block = 1 if seq_len == 1 else config.block_size // config.query_sub_block
-    kept = kept_sub_queries(per_block, config)
+    kept = config.kept_sub_queries(per_block)
     whole, rest = divmod(seq_len, config.block_size)
     return whole * kept + min(kept, math.ceil(rest / config.query_sub_block))
 

@@ -194,6 +194,12 @@ class SketchWalkConfig:
         """Whether transition rows are kept at all."""
         return self.walk != "none"
 
+    def kept_sub_queries(self, sub_queries: int) -> int:
+        """Sub-queries per head and block that take part in the scores, of `sub_queries`."""
+        if self.block_score == "mass":
+            return sub_queries
+        return max(1, math.ceil(self.query_keep * sub_queries - DENSITY_SLACK))
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SketchWalkConfig:
         """One of `PRESETS`, with fields changed by keyword.

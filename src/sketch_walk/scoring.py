@@ -19,7 +19,6 @@ from sketch_walk.sketch import (
     block_scores,
     feature_width,
     keep_salient,
-    kept_sub_queries,
     payload_size,
     quantise_keys,
     quantise_queries,
@@ -110,8 +109,6 @@ def call_scores(
     sketch = KeySketch(*state.read_keys(blocks))
     score_factor = score_scale(head_dim, scale, config)
     width = feature_width(head_dim, config)
-    sub_queries = 1 if num_queries == 1 else size // config.query_sub_block
-    kept = kept_sub_queries(sub_queries, config)
     if causal and sketch.scales is not None and kernels.sketches_with_triton(impl, query, config, width):
         return kernels.peak_scores(
             query,
@@ -120,13 +117,13 @@ def call_scores(
             sketch.scales,
             rotation(head_dim, config, query.device, kernels.product_dtype()),
             scale=score_factor,
-            kept=kept,
             config=config,
         )
     scores = query.new_zeros(shape, dtype=torch.float32)
     least, most = layout.first_block_range(size)
     per_block = size // config.key_sub_block
     keys = sketch.dequantise(per_block, width, upper_only=num_queries == 1)
+    kept = config.kept_sub_queries(1 if num_queries == 1 else size // config.query_sub_block)
     bytes_per_row = batch * sketched_heads(heads, config) * kept * blocks * per_block * 4
     step = max(1, slice_bytes(query, query, query) // max(1, bytes_per_row))
     for lo in range(0, num_rows, step):

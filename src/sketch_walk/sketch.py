@@ -181,13 +181,6 @@ def quantise_queries(values: Float[Tensor, "... width"]) -> Float[Tensor, "... w
     return (values / scales).round_() * scales
 
 
-def kept_sub_queries(sub_queries: int, config: SketchWalkConfig) -> int:
-    """Sub-queries per head and block that take part in the scores."""
-    if config.block_score == "mass":
-        return sub_queries
-    return max(1, math.ceil(config.query_keep * sub_queries - 1e-6))
-
-
 def keep_salient(
     values: Float[Tensor, "batch rows heads sub_queries width"],
     last_rank: Int[Tensor, "batch rows sub_queries"],
@@ -197,7 +190,7 @@ def keep_salient(
 
     What a block asks for apart from its neighbours is asked by few of its queries; the rest ask for much the same.
     """
-    kept = kept_sub_queries(values.shape[3], config)
+    kept = config.kept_sub_queries(values.shape[3])
     if kept == values.shape[3]:
         return QuerySketch(values, last_rank[:, :, None])
     real = (last_rank >= 0)[:, :, None, :, None]

@@ -8,7 +8,6 @@ back.
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ IMPLEMENTATIONS = ("auto", "reference", "triton", "cute")
 
 # Prompt tokens below which dense attention is not slower, selector and state included. Measured: the CPU's in
 # benchmarks/results/cpu_prompt.json, CUDA's on an H100 in benchmarks/results/gpu_layer.json, against its fastest dense
-# kernel. Other devices take CUDA's.
+# kernel, with the selector before the present one. Other devices take CUDA's.
 PREFILL_CROSSOVER = {"cpu": 1536, "cuda": 32768}
 # Cached tokens below which a decode step is not slower dense: benchmarks/results/cpu_decode.json. On a GPU the earlier
 # selector's many small launches lost to dense at every length; a step of the present one is not measured yet.
@@ -142,14 +141,14 @@ def sketches_with_triton(impl: str, x: Tensor, config: SketchWalkConfig, width: 
     ValueError
         If `impl` asks for kernels that cannot take blocks and sketches of these sizes; the message says why.
     """
-    if impl == "reference" or (impl == "auto" and not x.is_cuda) or _why_no_triton() is not None:
+    if not _takes_triton(impl, x):
         return False
     only_reference = config.block_score != "peak" or config.key_sketch_bits != 8 or config.reduce != "max"
     if only_reference or config.head_mode == "mean" or not config.use_srht:
         return False
     from sketch_walk.kernels import triton_peaks
 
-    kept = max(1, math.ceil(config.query_keep * (config.block_size // config.query_sub_block) - 1e-6))
+    kept = config.kept_sub_queries(config.block_size // config.query_sub_block)
     reason = triton_peaks.unsupported(config.block_size, config.query_sub_block, config.key_sub_block, kept, width)
     if reason is None and x.stride(3) != 1:
         reason = "the last dimension of query and key must be contiguous"
@@ -198,36 +197,52 @@ def peak_scores(
     matrix: Float[Tensor, "head_dim width"],
     *,
     scale: float,
-    kept: int,
     config: SketchWalkConfig,
 ) -> Float[Tensor, "batch selections rows blocks"]:
     """`sketch_walk.sketch.block_scores` of a call, from its queries and the stored key sketches, in Triton."""
     from sketch_walk.kernels import triton_peaks, triton_select, triton_sketch
 
+    per_head = config.head_mode == "per_kv_head"
+    if query.shape[2] == 1:
+        peaks = _step_peaks(query, layout, codes, scales, matrix, scale, config)
+        return triton_select.scores_from_peaks(peaks, kv_heads=codes.shape[1], per_head=per_head)
     queries = triton_sketch.sketch_queries(
         query,
         layout,
         matrix,
         block_size=config.block_size,
         query_sub_block=config.query_sub_block,
-        kept=kept,
+        kept=config.kept_sub_queries(config.block_size // config.query_sub_block),
     )
-    per_block, per_head = config.block_size // config.key_sub_block, config.head_mode == "per_kv_head"
-    if query.shape[2] > 1:
-        return triton_peaks.peak_scores(
-            queries,
-            codes,
-            scales,
-            layout.length,
-            scale=scale,
-            per_block=per_block,
-            key_sub_block=config.key_sub_block,
-            per_kv_head=per_head,
-        )
-    peaks = triton_peaks.decode_peaks(
-        queries, codes, scales, layout.length, scale=scale, per_block=per_block, key_sub_block=config.key_sub_block
+    return triton_peaks.peak_scores(
+        queries,
+        codes,
+        scales,
+        layout.length,
+        scale=scale,
+        per_block=config.block_size // config.key_sub_block,
+        key_sub_block=config.key_sub_block,
+        per_kv_head=per_head,
     )
-    return triton_select.scores_from_peaks(peaks, kv_heads=codes.shape[1], per_head=per_head)
+
+
+def _step_peaks(
+    query: Tensor, layout: Layout, codes: Tensor, scales: Tensor, matrix: Tensor, scale: float, config: SketchWalkConfig
+) -> Float[Tensor, "batch heads blocks"]:
+    """Best logit of every block for one query per sequence."""
+    from sketch_walk.kernels import triton_peaks, triton_sketch
+
+    size = config.block_size
+    queries = triton_sketch.sketch_queries(query, layout, matrix, block_size=size, query_sub_block=size, kept=1)
+    return triton_peaks.decode_peaks(
+        queries,
+        codes,
+        scales,
+        layout.length,
+        scale=scale,
+        per_block=size // config.key_sub_block,
+        key_sub_block=config.key_sub_block,
+    )
 
 
 def step_selection(
@@ -243,25 +258,15 @@ def step_selection(
     config: SketchWalkConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, indices and counts of one decode step (`peak_scores`, then `select_rows`) in three or four kernels."""
-    from sketch_walk.kernels import triton_peaks, triton_select, triton_sketch
+    from sketch_walk.kernels import triton_select
 
-    size = config.block_size
-    queries = triton_sketch.sketch_queries(query, layout, matrix, block_size=size, query_sub_block=size, kept=1)
-    peaks = triton_peaks.decode_peaks(
-        queries,
-        codes,
-        scales,
-        layout.length,
-        scale=scale,
-        per_block=size // config.key_sub_block,
-        key_sub_block=config.key_sub_block,
-    )
+    peaks = _step_peaks(query, layout, codes, scales, matrix, scale, config)
     return triton_select.select_from_peaks(
         peaks,
         layout.length,
         *row_counts,
         width=width,
-        block_size=size,
+        block_size=config.block_size,
         kv_heads=codes.shape[1],
         per_head=config.head_mode == "per_kv_head",
     )
@@ -269,7 +274,7 @@ def step_selection(
 
 def selects_with_triton(impl: str, scores: Tensor) -> bool:
     """Whether blocks are selected by the Triton kernel: on a GPU, from float32 scores, unless `impl` is "reference"."""
-    if impl == "reference" or (impl == "auto" and not scores.is_cuda) or _why_no_triton() is not None:
+    if not _takes_triton(impl, scores):
         return False
     from sketch_walk.kernels import triton_select
 
@@ -304,6 +309,16 @@ def select_rows(
         scores, first, layout.length, *row_counts, width=width, block_size=block_size, per_head=per_head, tail=tail
     )
     return (indices, counts) if per_head else (indices[:, 0], counts[:, 0])
+
+
+def _takes_triton(impl: str, x: Tensor) -> bool:
+    """Whether `impl` leaves a stage to Triton here: "auto" does for tensors on a GPU, outside compiled graphs.
+
+    The launches look at the device, which a graph that is being compiled cannot hold.
+    """
+    if impl == "reference" or (impl == "auto" and (not x.is_cuda or torch.compiler.is_compiling())):
+        return False
+    return _why_no_triton() is None
 
 
 def _why_no_triton() -> str | None:
@@ -345,13 +360,8 @@ def _why_not_cute_here(
             return "it is not known to be faster here"
         if _why_no_cute() is not None:
             return "flash-attn-4 is not available"
-    if not causal:
-        return "it is causal only"
-    if bias is not None:
-        return "it takes no mask of queries by keys"
-    if mean_correction:
-        return "it has no mean correction"
-    return flash_cute.supported(query, key, value, indices, layout, block_size)
+    reason = _why_not_plain(causal, bias, mean_correction)
+    return reason or flash_cute.supported(query, key, value, indices, layout, block_size)
 
 
 def _why_not_triton_here(
@@ -364,19 +374,20 @@ def _why_not_triton_here(
     mean_correction: bool,
     automatic: bool,
 ) -> str | None:
-    if automatic and not query.is_cuda:
-        return "the tensors are not on a GPU"
-    if _why_no_triton() is not None:
-        return "triton is not available"
+    if not _takes_triton("auto" if automatic else "triton", query):
+        return "triton is not available, the tensors are not on a GPU, or a graph is being compiled"
+    from sketch_walk.kernels import triton_attention
+
+    return _why_not_plain(causal, bias, mean_correction) or triton_attention.supported(query, key, value, block_size)
+
+
+def _why_not_plain(causal: bool, bias: Tensor | None, mean_correction: bool) -> str | None:
+    """What the reference kernel alone can do, if it is asked for."""
     if not causal:
         return "it is causal only"
     if bias is not None:
         return "it takes no mask of queries by keys"
-    if mean_correction:
-        return "it has no mean correction"
-    from sketch_walk.kernels import triton_attention
-
-    return triton_attention.supported(query, key, value, block_size)
+    return "it has no mean correction" if mean_correction else None
 
 
 __all__ = [

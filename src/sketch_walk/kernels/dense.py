@@ -5,6 +5,7 @@ Torch's SDPA, unless another installed kernel has been measured to be faster on 
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,15 @@ def _why_not(name: str, query: Tensor, key: Tensor, value: Tensor) -> str | None
     return None if torch.backends.cuda.can_use_cudnn_attention(parameters) else "torch does not run it here"
 
 
+def _step_with_triton(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attend_filled` serves: on a GPU with Triton, outside compiled graphs."""
+    if not query.is_cuda or torch.compiler.is_compiling() or importlib.util.find_spec("triton") is None:
+        return False
+    from sketch_walk.kernels import triton_attention
+
+    return triton_attention.supported(query, key, value, DECODE_BLOCK) is None
+
+
 def attend_filled(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
     """One query per sequence over the filled part of a cache, whose length stays on the device: all blocks selected.
 
@@ -80,11 +90,9 @@ def attend_dense(
     """Causal attention over all real keys; outputs of padding queries are finite and meaningless."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     grouped = key.shape[1] != query.shape[1]
-    if num_queries == 1 and query.is_cuda and layout.bounds is None and layout.key_index is None and not dropout:
-        from sketch_walk.kernels import triton_attention
-
-        if triton_attention.supported(query, key, value, DECODE_BLOCK) is None:
-            return attend_filled(query, key, value, layout, scale)
+    filled = layout.bounds is None and layout.key_index is None
+    if filled and num_queries == 1 and not dropout and _step_with_triton(query, key, value):
+        return attend_filled(query, key, value, layout, scale)
     unpadded = layout.key_index is None and layout.bounds is not None
     if unpadded and num_queries > 1 and not dropout and layout.bounds:
         length = layout.bounds[0][1]
