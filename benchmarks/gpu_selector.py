@@ -21,9 +21,10 @@ from typing import Any
 import torch
 import triton
 
-from sketch_walk import SketchWalkConfig, sketch_walk_attention
+from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
 from sketch_walk.kernels import triton_peaks, triton_sketch
-from sketch_walk.kernels.triton_peaks import PeakLaunch
+from sketch_walk.kernels.triton_peaks import PeakLaunch, StepLaunch
+from sketch_walk.kernels.triton_sketch import SketchLaunch
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.scoring import absorb_keys, call_scores, step_selection
 from sketch_walk.selection import row_counts, select_blocks
@@ -38,6 +39,8 @@ VARIANTS = {
     "64x128, 4 warps, 4 stages": PeakLaunch(num_stages=4, per_processor=3),
     "128x128, 8 warps, 128 registers": PeakLaunch(rows=128, num_warps=8, per_processor=2),
 }
+SKETCH_VARIANTS = [SketchLaunch(*sizes) for sizes in ((64, 8), (64, 4), (32, 4), (32, 8), (128, 8))]
+STEP_VARIANTS = [StepLaunch(*sizes) for sizes in ((256, 4), (512, 4), (512, 8), (128, 4), (128, 2), (1024, 8))]
 CASES: list[tuple[int, int, int, int, int, int, dict[str, Any]]] = [
     (2, 4, 2, 3000, 0, 64, {}),
     (1, 32, 8, 4000, 777, 128, {}),
@@ -116,13 +119,17 @@ def prefill(tokens: int, block: int, repeats: int) -> dict[str, Any]:
     layout = make_layout(1, tokens, tokens, query.device)
     state = LayerSketch(config)
     times: dict[str, Any] = {}
-    matrix = rotation(HEAD_DIM, config, query.device)
+    matrix = rotation(HEAD_DIM, config, query.device, kernels.product_dtype())
     times["sketch_keys"] = milliseconds(partial(absorb_keys, state, key, layout, query), repeats)
     kept = block // 4 // 2
     sketch = partial(
-        triton_sketch.sketch_queries, query, layout, matrix, block_size=block, query_sub_block=4, kept=kept
-    )
-    times["sketch_queries"] = milliseconds(sketch, repeats)
+        triton_sketch.sketch_queries, query, layout, matrix, block_size=block, query_sub_block=4, kept=kept,
+        salience=config.salience, contrast=config.query_contrast,
+    )  # fmt: skip
+    for launch in SKETCH_VARIANTS:
+        times[f"sketch_queries, {launch.lanes} lanes, {launch.num_warps} warps"] = milliseconds(
+            partial(sketch, launch=launch), repeats
+        )
     codes, scales = state.read_keys(tokens // block)
     assert scales is not None
     times["unpack"] = milliseconds(
@@ -175,10 +182,11 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> dict[str, Any]:
     whole = make_layout(batch, tokens, tokens, query.device)
     absorb_keys(state, key, whole, query)
     times = {"keys": graph_milliseconds(partial(absorb_keys, state, key, layout, query), repeats)}
-    matrix = rotation(HEAD_DIM, config, query.device)
+    matrix = rotation(HEAD_DIM, config, query.device, kernels.product_dtype())
     sketch = partial(
-        triton_sketch.sketch_queries, query, layout, matrix, block_size=block, query_sub_block=4, kept=block // 8
-    )
+        triton_sketch.sketch_queries, query, layout, matrix, block_size=block, query_sub_block=4, kept=block // 8,
+        salience=config.salience, contrast=config.query_contrast,
+    )  # fmt: skip
     times["queries"] = graph_milliseconds(sketch, repeats)
     codes, scales = state.read_keys(tokens // block)
     assert scales is not None
@@ -186,7 +194,10 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> dict[str, Any]:
         triton_peaks.decode_peaks, sketch(), codes, scales, layout.length, scale=SCALE, per_block=block // 4,
         key_sub_block=4,
     )  # fmt: skip
-    times["peaks"] = graph_milliseconds(peaks, repeats)
+    for launch in STEP_VARIANTS:
+        times[f"peaks, {launch.sub_keys} sub-keys, {launch.num_warps} warps"] = graph_milliseconds(
+            partial(peaks, launch=launch), repeats
+        )
     scores = partial(call_scores, state, query, layout, SCALE)
     times["call_scores"] = graph_milliseconds(scores, repeats)
     found = scores()
@@ -213,6 +224,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[65536, 131072], help="of a prompt")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8], help="of a decode step")
     args = parser.parse_args()
     torch.manual_seed(0)
     result = {
@@ -222,8 +235,8 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "checks": check(),
-        "prefill": [prefill(tokens, block, args.repeats) for tokens in (65536, 131072) for block in (64, 128)],
-        "decode": [decode(batch, 131072, block, args.repeats) for batch in (1, 8) for block in (64, 128)],
+        "prefill": [prefill(tokens, block, args.repeats) for tokens in args.tokens for block in (64, 128)],
+        "decode": [decode(batch, 131072, block, args.repeats) for batch in args.batch for block in (64, 128)],
     }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -39,6 +39,7 @@ POINTERS = {
     "past": "*i64", "length": "*i64", "query_index": "*i64", "key_index": "*i64", "table": "*i32",
     "query_codes": "*i8", "query_scales": "*fp32", "last_rank": "*i32", "codes": "*u8", "scales": "*fp32",
     "matrix": "*bf16", "keys": "*i8", "key_scales": "*fp32", "scratch": "*fp16", "step_of_spread": "fp32",
+    "salience": "fp32", "contrast": "fp32",
     "lse": "*fp32", "delta": "*fp32",
     "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32", "scale": "fp32",
     "first_block": "*i64", "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
@@ -51,9 +52,10 @@ SHAPE = {
 }  # fmt: skip
 # The default rule: sub-blocks of 4, half of the sub-queries, every coordinate of a head.
 PER_BLOCK, KEPT = BLOCK // 4, BLOCK // 8
+TILE, RUNS = triton_sketch._tile(PER_BLOCK, 2048, triton_sketch.SketchLaunch().lanes)
 SKETCH = {
-    "BLOCK": BLOCK, "TILE": 4, "RUNS": PER_BLOCK, "PER_BLOCK": PER_BLOCK, "HEAD_DIM": HEAD_DIM, "PADDED_DIM": HEAD_DIM,
-    "WIDTH": HEAD_DIM,
+    "BLOCK": BLOCK, "TILE": TILE, "RUNS": RUNS, "PER_BLOCK": PER_BLOCK, "HEAD_DIM": HEAD_DIM,
+    "PADDED_DIM": HEAD_DIM, "WIDTH": HEAD_DIM,
 }  # fmt: skip
 PACKED = {
     "PER_BLOCK": PER_BLOCK, "HALF": HEAD_DIM // 2, "PADDED_HALF": HEAD_DIM // 2, "COLUMNS": HEAD_DIM,
@@ -140,7 +142,8 @@ def sketch(target: Target, padded: bool) -> int:
         (triton_sketch._sketch_queries, queries, {"codes": "*i8"}),
     ):
         named = {name: value for name, value in {**constants, **own, **index}.items() if name in kernel.arg_names}
-        sizes.append(compile_for(kernel, named, target, 8, pointers=pointers))
+        warps = triton_sketch.SketchLaunch().num_warps
+        sizes.append(compile_for(kernel, named, target, warps, pointers=pointers))
     return sum(sizes)
 
 
@@ -156,13 +159,13 @@ def peaks(target: Target, per_head: bool) -> int:
     limit = {} if hip or launch.max_registers is None else {"maxnreg": launch.max_registers}
     unpack = {**PACKED, "TILE_BLOCKS": tile_blocks}
     step = {
-        **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": 256 // PER_BLOCK, "KEY_SUB": 4, "WIDEN": False,
-        "ASM": not hip,
+        **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": triton_peaks.StepLaunch().sub_keys // PER_BLOCK,
+        "KEY_SUB": 4, "WIDEN": False, "ASM": not hip,
     }  # fmt: skip
     return (
         compile_for(triton_peaks._peaks, constants, target, launch.num_warps, launch.num_stages, **limit)
         + compile_for(triton_peaks._unpack, unpack, target, pointers={"output": "*i8"})
-        + compile_for(triton_peaks._decode_peaks, step, target)
+        + compile_for(triton_peaks._decode_peaks, step, target, triton_peaks.StepLaunch().num_warps)
     )
 
 

@@ -104,27 +104,45 @@ def logit_scale(dim: int, scale: float, config: SketchWalkConfig) -> float:
     return {"attention": scale, "sketch": 1 / math.sqrt(width), "authors": math.sqrt(width) / 100}[config.score_scale]
 
 
+def pool(run: Tensor, block: Tensor, sub: int, config: SketchWalkConfig, contrast: float) -> Tensor:
+    """One vector (heads, dim) for the tokens `run` of a sub-block, which are some of the tokens `block` of its block.
+
+    Tokens weigh by a softmax of their squared distance from the block's mean, in units of the mean squared distance.
+    """
+    if sub == 1:
+        return run[:, 0]
+    centre = block.mean(1, keepdim=True)
+    typical = (block - centre).square().sum(-1).mean(1, keepdim=True).clamp(min=1e-38)
+    weight = torch.softmax(config.salience * (run - centre).square().sum(-1) / typical, -1)
+    return centre[:, 0] + contrast * (weight[..., None] * (run - centre)).sum(1)
+
+
 def sub_queries(query: Tensor, start: int, config: SketchWalkConfig) -> list[list[tuple[Tensor, int]]]:
-    """Per query block of tokens `start` ...: (mean of a sub-block's tokens, rank of its last token) pairs."""
+    """Per query block of tokens `start` ...: (a sub-block's pooled tokens, rank of its last token) pairs."""
     size, sub, stop = config.block_size, config.query_sub_block, start + query.shape[1]
     blocks = []
     for block in range(start // size, (stop - 1) // size + 1):
-        means = []
+        pooled = []
+        whole = query[:, max(block * size - start, 0) : (block + 1) * size - start]
         for lo in range(block * size, (block + 1) * size, sub):
             begin, end = max(lo, start), min(lo + sub, stop)
             if begin < end:
-                means.append((query[:, begin - start : end - start].mean(1), end - 1))
-        blocks.append(means)
+                run = query[:, begin - start : end - start]
+                pooled.append((pool(run, whole, sub, config, config.query_contrast), end - 1))
+        blocks.append(pooled)
     return blocks
 
 
 def sketched_keys(key: Tensor, config: SketchWalkConfig) -> Tensor:
-    """Means of sub-blocks of keys, rotated: (heads, sub_keys, width); of the heads' mean if the config says so."""
-    sub = config.key_sub_block
+    """Pooled sub-blocks of keys, rotated: (heads, sub_keys, width); of the heads' mean if the config says so."""
+    sub, size = config.key_sub_block, config.block_size
     if config.head_mode == "mean":
         key = key.mean(0, keepdim=True)
-    means = [key[:, lo : lo + sub].mean(1) for lo in range(0, key.shape[1], sub)]
-    return torch.stack(means, 1) @ feature_matrix(key.shape[2], config)
+    pooled = []
+    for lo in range(0, key.shape[1], sub):
+        block = key[:, lo // size * size : (lo // size + 1) * size]
+        pooled.append(pool(key[:, lo : lo + sub], block, sub, config, 1.0))
+    return torch.stack(pooled, 1) @ feature_matrix(key.shape[2], config)
 
 
 def sub_queries_to_keep(num_tokens: int, config: SketchWalkConfig) -> int:
@@ -143,9 +161,9 @@ def scoring_queries(query: Tensor, start: int, config: SketchWalkConfig, rounded
     matrix = feature_matrix(query.shape[2], config)
     keep = sub_queries_to_keep(query.shape[1], config)
     blocks = []
-    for means in sub_queries(query, start, config):
-        exact = torch.stack([mean @ matrix for mean, _ in means], 1)
-        ends = [last for _, last in means]
+    for pooled in sub_queries(query, start, config):
+        exact = torch.stack([vector @ matrix for vector, _ in pooled], 1)
+        ends = [last for _, last in pooled]
         chosen_values, chosen_ends = [], []
         for head in exact:
             apart = (head - head.mean(0)).square().sum(-1).tolist()

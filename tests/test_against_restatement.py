@@ -53,6 +53,8 @@ SETTINGS: dict[str, list[Any]] = {
     "use_srht": [True, True, False],
     "block_score": ["peak", "peak", "mass"],
     "query_keep": [0.25, 0.5, 1.0],
+    "salience": [0.0, 2.0, 5.0],
+    "query_contrast": [1.0, 1.25, 3.0],
     "reduce": ["max", "mean"],
     "head_mode": ["shared", "per_kv_head", "mean"],
     "walk": ["damped", "product", "none"],

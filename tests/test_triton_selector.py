@@ -65,6 +65,9 @@ CASES: list[tuple[int, int, int, int, int, int, str | None, dict[str, Any]]] = [
     (2, 4, 2, 90, 7, 32, "left", {"block_size": 32, "query_sub_block": 16, "key_sub_block": 2}),
     (1, 2, 1, 130, 0, 64, None, {"query_sub_block": 2, "key_sub_block": 32, "score_scale": "sketch"}),
     (1, 3, 1, 2, 127, 64, None, {"query_keep": 0.25}),
+    (1, 2, 1, 150, 10, 64, "left", {"block_size": 48, "query_sub_block": 3, "key_sub_block": 3, "salience": 5.0}),
+    (1, 2, 1, 150, 0, 64, None, {"salience": 0.0, "query_contrast": 1.0}),
+    (1, 2, 1, 150, 0, 64, None, {"salience": 0.5, "query_contrast": 3.0}),
 ]
 PROMPTS = [pytest.param(case, id="-".join(str(part) for part in case)) for case in CASES]
 # One query per sequence: the same columns, `new` is 1.
@@ -133,6 +136,8 @@ class Call:
             block_size=config.block_size,
             query_sub_block=config.query_sub_block,
             kept=self.kept,
+            salience=config.salience,
+            contrast=config.query_contrast,
         )
 
     def unpacked(self, queries: PackedQueries) -> QuerySketch:
@@ -181,6 +186,7 @@ def test_only_the_blocks_of_the_call_are_written() -> None:
         block_size=32,
         key_sub_block=4,
         step=CLIP / KEY_LEVELS,
+        salience=config.salience,
     )
     # Tokens 70 ... 109 lie in blocks 2 and 3; 4 is free, 5 the spare one.
     assert (codes[:, :, [0, 1, 4, 5]] == 170).all()
@@ -195,9 +201,11 @@ def test_no_blocks_and_no_rows() -> None:
     codes = torch.full((2, 2, 2, 1024), 3, dtype=torch.uint8, device=DEVICE)
     scales = torch.ones(2, 2, 2, 1, device=DEVICE)
     matrix = torch.eye(64, device=DEVICE)
-    sketch_keys(key, layout, 0, codes, scales, matrix, block_size=64, key_sub_block=4, step=0.025)
+    sketch_keys(key, layout, 0, codes, scales, matrix, block_size=64, key_sub_block=4, step=0.025, salience=1.0)
     assert (codes == 3).all()
-    packed = sketch_queries(key[:, :, :0], layout, matrix, block_size=64, query_sub_block=4, kept=8)
+    packed = sketch_queries(
+        key[:, :, :0], layout, matrix, block_size=64, query_sub_block=4, kept=8, salience=1.0, contrast=1.5
+    )
     assert packed.codes.shape == (2, 0, 2, 8, 64)
 
 

@@ -72,7 +72,13 @@ class SketchWalkConfig:
     dense_tail_blocks : int
         Last query blocks of a call of several tokens that read everything.
     query_sub_block, key_sub_block : int
-        Tokens averaged into one sketched query or key; each divides `block_size`. `block_size` itself is the paper.
+        Tokens pooled into one sketched query or key; each divides `block_size`. `block_size` itself is the paper.
+    salience : float
+        How much more a token counts within its sub-block the farther it is from its block's mean: softmax weights of
+        `salience` times its squared distance over the block's mean squared distance. 0 is the plain mean.
+    query_contrast : float
+        Factor above 0 on a sub-query's deviation from its block's mean, which pooling has made smaller. Sub-blocks of
+        one token are left as they are.
     block_score : {"peak", "mass"}
         What a sub-query gives a key block: the softmax, over blocks, of each block's best sketched logit, or the
         softmax over all sub-keys, summed over the block's.
@@ -126,6 +132,8 @@ class SketchWalkConfig:
     dense_tail_blocks: int = 0
     query_sub_block: int = 4
     key_sub_block: int = 4
+    salience: float = 2.0
+    query_contrast: float = 1.25
     block_score: str = "peak"
     query_keep: float = 0.5
     reduce: str = "max"
@@ -183,6 +191,10 @@ class SketchWalkConfig:
             raise ValueError(f"sparsity_exponent must be above 0, got {self.sparsity_exponent!r}")
         if not (_is_real(self.query_keep) and 0.0 < self.query_keep <= 1.0):
             raise ValueError(f"query_keep must be in (0, 1], got {self.query_keep!r}")
+        if not (_is_real(self.salience) and self.salience >= 0):
+            raise ValueError(f"salience must be a number of at least 0, got {self.salience!r}")
+        if not (_is_real(self.query_contrast) and self.query_contrast > 0):
+            raise ValueError(f"query_contrast must be above 0, got {self.query_contrast!r}")
         if not (_is_real(self.walk_beta) and 0.0 <= self.walk_beta < 1.0):
             raise ValueError(f"walk_beta must be in [0, 1), got {self.walk_beta!r}")
         for name in ("query_sub_block", "key_sub_block"):
@@ -223,6 +235,8 @@ class SketchWalkConfig:
         published: dict[str, Any] = {
             "query_sub_block": changes.get("block_size", 64),
             "key_sub_block": changes.get("block_size", 64),
+            "salience": 0.0,
+            "query_contrast": 1.0,
             "block_score": "mass",
             "head_mode": "mean",
             "score_scale": "sketch",
@@ -247,6 +261,8 @@ class SketchWalkConfig:
             "sparsity_exponent": 1,
             "query_sub_block": changes.get("block_size", 64),
             "key_sub_block": changes.get("block_size", 64),
+            "salience": 0.0,
+            "query_contrast": 1.0,
             "block_score": "mass",
             "reduce": "mean",
             "score_scale": "authors",

@@ -199,7 +199,8 @@ def _query_sketch(
     """Sub-queries of tokens [batch, rows, heads, tokens, dim], the salient ones, rounded as the kernels round them."""
     ends = torch.minimum(rank.unflatten(-1, (-1, sub))[..., -1], length.view(-1, 1, 1) - 1)
     last_rank = torch.where(real.unflatten(-1, (-1, sub)).any(-1), ends, -1)
-    values, ranks = keep_salient(sketch_tokens(tokens, real, sub, config), last_rank, config)
+    sketch = sketch_tokens(tokens, real, sub, config, config.query_contrast)
+    values, ranks = keep_salient(sketch, last_rank, config)
     if config.key_sketch_bits == 8 and config.block_score == "peak":
         values = quantise_queries(values)
     return QuerySketch(values, ranks)

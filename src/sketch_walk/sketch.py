@@ -1,4 +1,4 @@
-"""Sketch: sub-block means of queries and keys, rotated by the Hadamard transform, and the block scores they give."""
+"""Sketch: queries and keys pooled by sub-blocks, rotated by the Hadamard transform, and the block scores they give."""
 
 from __future__ import annotations
 
@@ -134,19 +134,52 @@ def sub_block_means(
     return (share[:, :, None, :, None, :] @ runs.nan_to_num_(nan=0.0)).squeeze(-2)
 
 
+def pool_sub_blocks(
+    x: Float[Tensor, "batch groups heads tokens dim"],
+    valid: Bool[Tensor, "batch groups tokens"],
+    size: int,
+    config: SketchWalkConfig,
+    contrast: float = 1.0,
+) -> Float[Tensor, "batch groups heads sub_blocks dim"]:
+    """One vector for each run of `size` tokens in float32, from its real tokens only; 0 where it has none.
+
+    A mean of four tokens hides the one that stands out, so tokens far from their block's mean weigh more
+    (`SketchWalkConfig.salience`), and what is left of a run's deviation is multiplied by `contrast`. Tokens are whole
+    blocks; with sub-blocks of one token there is nothing to pool.
+    """
+    if size == 1 or (config.salience == 0.0 and contrast == 1.0):
+        return sub_block_means(x, valid, size)
+    real = valid.unflatten(-1, (-1, config.block_size))[:, :, None]
+    tokens = x.float().unflatten(3, (-1, config.block_size))
+    tokens = torch.where(real[..., None], tokens, 0.0)
+    count = real.sum(-1, keepdim=True).clamp(min=1)
+    centre = tokens.sum(-2, keepdim=True) / count[..., None]
+    apart = torch.where(real[..., None], tokens - centre, 0.0)
+    distance = torch.linalg.vector_norm(apart, dim=-1).square()
+    spread = distance.sum(-1, keepdim=True) / count
+    excess = config.salience * distance / spread.clamp_(min=torch.finfo(torch.float32).tiny)
+    runs = real.unflatten(-1, (-1, size))
+    weight = excess.unflatten(-1, (-1, size)).masked_fill_(~runs, MASKED).softmax(-1)
+    # [batch, groups, heads, blocks, sub_blocks, 1, size] @ [..., size, dim]
+    deviation = (weight[..., None, :] @ apart.unflatten(-2, (-1, size))).squeeze(-2)
+    pooled = centre + contrast * deviation
+    return torch.where(runs.any(-1)[..., None], pooled, 0.0).flatten(3, 4)
+
+
 def sketch_tokens(
     x: Float[Tensor, "batch groups heads tokens dim"],
     valid: Bool[Tensor, "batch groups tokens"],
     size: int,
     config: SketchWalkConfig,
+    contrast: float = 1.0,
 ) -> Float[Tensor, "batch groups sketched_heads sub_blocks width"]:
-    """Token-space sketch (means of `size` tokens), then feature-space sketch (rotate, keep r coordinates); float32."""
+    """Token-space sketch (pool `size` tokens), then feature-space sketch (rotate, keep r coordinates); float32."""
     if config.head_mode == "mean":
         x = x.float().mean(2, keepdim=True)
-    means = sub_block_means(x, valid, size)
+    pooled = pool_sub_blocks(x, valid, size, config, contrast)
     if not config.use_srht:
-        return means
-    return means @ rotation(x.shape[-1], config, x.device)
+        return pooled
+    return pooled @ rotation(x.shape[-1], config, x.device)
 
 
 def quantise_keys(
@@ -324,7 +357,9 @@ class Sketch(nn.Module):
         key_real = torch.arange(keys.shape[2] * size, device=K.device).expand(K.shape[0], 1, -1) < total
         sketched_keys = sketch_tokens(keys.flatten(2, 3)[:, None], key_real, self.config.key_sub_block, self.config)
         return block_scores(
-            keep_salient(sketch_tokens(queries, real, sub, self.config), last_rank, self.config),
+            keep_salient(
+                sketch_tokens(queries, real, sub, self.config, self.config.query_contrast), last_rank, self.config
+            ),
             sketched_keys[:, 0],
             torch.full((K.shape[0],), total, device=K.device),
             scale=score_scale(self.head_dim, 1.0 / math.sqrt(self.head_dim), self.config),

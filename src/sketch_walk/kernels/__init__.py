@@ -186,6 +186,7 @@ def sketch_keys(
         block_size=config.block_size,
         key_sub_block=config.key_sub_block,
         step=step,
+        salience=config.salience,
     )
 
 
@@ -213,6 +214,8 @@ def peak_scores(
         block_size=config.block_size,
         query_sub_block=config.query_sub_block,
         kept=config.kept_sub_queries(config.block_size // config.query_sub_block),
+        salience=config.salience,
+        contrast=config.query_contrast,
     )
     return triton_peaks.peak_scores(
         queries,
@@ -233,7 +236,9 @@ def _step_peaks(
     from sketch_walk.kernels import triton_peaks, triton_sketch
 
     size = config.block_size
-    queries = triton_sketch.sketch_queries(query, layout, matrix, block_size=size, query_sub_block=size, kept=1)
+    queries = triton_sketch.sketch_queries(
+        query, layout, matrix, block_size=size, query_sub_block=size, kept=1, salience=0.0, contrast=1.0
+    )
     return triton_peaks.decode_peaks(
         queries,
         codes,

@@ -51,6 +51,13 @@ class PeakLaunch(NamedTuple):
     max_registers: int | None = 128
 
 
+class StepLaunch(NamedTuple):
+    """Sub-keys and warps of a program of the decode kernel."""
+
+    sub_keys: int = 256
+    num_warps: int = 4
+
+
 # Blocks of a row whose scratch is turned into scores at a time.
 CHUNK = 64
 
@@ -383,22 +390,24 @@ def decode_peaks(
     scale: float,
     per_block: int,
     key_sub_block: int,
+    launch: StepLaunch | None = None,
 ) -> Float[Tensor, "batch heads blocks"]:
     """Best logit of every block for the one query of every sequence, in units of log 2; -inf where no key is.
 
     Reads half of the key sketches: the upper four bits.
     """
+    launch = launch or StepLaunch()
     batch, _, heads, _, columns = queries.codes.shape
     kv_heads, blocks = codes.shape[1], codes.shape[2]
     half = codes.shape[3] // (2 * per_block)
     group = heads // kv_heads
-    tile_blocks = max(1, 256 // per_block)
+    tile_blocks = max(1, launch.sub_keys // per_block)
     peaks = torch.empty(batch, heads, blocks, dtype=torch.float32, device=codes.device)
     _decode_peaks[(triton.cdiv(blocks, tile_blocks), kv_heads, batch)](
         queries.codes, queries.scales, codes, scales, length, peaks,
         *codes.stride()[:3], *scales.stride()[:2], heads, blocks, scale * LOG2_E,
         GROUP=group, LANES=max(16, triton.next_power_of_2(group)), TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block,
         KEY_SUB=key_sub_block, COLUMNS=columns, HALF=half, PADDED_HALF=max(32, triton.next_power_of_2(half)),
-        WIDEN=interpreted(), ASM=not interpreted() and torch.version.hip is None, num_warps=4,
+        WIDEN=interpreted(), ASM=not interpreted() and torch.version.hip is None, num_warps=launch.num_warps,
     )  # fmt: skip
     return peaks

@@ -1,7 +1,7 @@
-"""Stages 1 and 2 in Triton: means of sub-blocks, rotated, rounded to 8 bits, in one read of the queries and keys.
+"""Stages 1 and 2 in Triton: sub-blocks pooled, rotated, rounded to 8 bits, in one read of the queries and keys.
 
 Equal to `sketch_walk.sketch` (`sketch_tokens`, `quantise_keys`, `keep_salient`, `quantise_queries`) but for the
-rounding of the means to the rotation's dtype, which may move a code by one.
+rounding of the pooled vectors to the rotation's dtype, which may move a code by one.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketch_walk.kernels.triton_tiles import padded_dim
+from sketch_walk.kernels.triton_tiles import HIDDEN, padded_dim
 from sketch_walk.layout import Layout
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
 
 
-# Means of one program: rows of its product with the rotation.
-LANES = 64
+class SketchLaunch(NamedTuple):
+    """Pooled vectors of one program, which are rows of its product with the rotation, and its warps."""
+
+    lanes: int = 64
+    num_warps: int = 8
 
 
 class PackedQueries(NamedTuple):
@@ -43,54 +46,98 @@ class PackedQueries(NamedTuple):
 
 
 @triton.jit
-def _means(
-    base, index, sequence, start, first_slot, end, token_stride, num_index, dim,
-    TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, SUB: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr,
+def _tokens(
+    base, index, sequence, rank, first_slot, end, token_stride, num_index, dim, inside,
+    HEAD_DIM: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
-    """Means [TILE * RUNS, PADDED_DIM] of runs of SUB tokens, and which of them hold a real token.
+    """Tokens of these ranks in float32, 0 where there is none, and which are real.
 
-    The tile's first block begins at rank `start`; every block has PER_BLOCK runs, of RUNS lanes. The token of rank r
-    stands in slot r - first_slot; slots below 0 and ranks from `end` on are not real.
+    The token of rank r stands in slot r - first_slot; slots below 0 and ranks from `end` on are not real.
     """
-    lane = tl.arange(0, TILE * RUNS)
-    rank0 = start + (lane // RUNS) * (PER_BLOCK * SUB) + (lane % RUNS) * SUB
-    total = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
-    count = tl.zeros([TILE * RUNS], tl.float32)
-    for step in tl.static_range(SUB):
-        slot = rank0 + step - first_slot
-        real = (slot >= 0) & (rank0 + step < end) & (lane % RUNS < PER_BLOCK)
-        if INDEXED:
-            at = tl.load(index + sequence.to(tl.int64) * num_index + slot, mask=real, other=0)
-        else:
-            at = slot.to(tl.int64)
-        tokens = tl.load(
-            base + at[:, None] * token_stride + dim[None, :],
-            mask=real[:, None] & (dim < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        total += tokens.to(tl.float32)
-        count += real.to(tl.float32)
-    return total / tl.maximum(count, 1.0)[:, None], count > 0.0
+    slot = rank - first_slot
+    real = (slot >= 0) & (rank < end) & inside
+    at = slot.to(tl.int64)
+    if INDEXED:
+        at = tl.load(index + sequence.to(tl.int64) * num_index + slot, mask=real, other=0).to(tl.int64)
+    tokens = tl.load(
+        base + at[:, None] * token_stride + dim[None, :],
+        mask=real[:, None] & (dim < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    return tokens.to(tl.float32), real
 
 
 @triton.jit
-def _rotate(means, matrix, dim, column, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """means [rows, PADDED_DIM] times columns `column` of the sketch matrix [HEAD_DIM, WIDTH]."""
+def _pooled(
+    base, index, sequence, start, first_slot, end, token_stride, num_index, dim, salience, contrast,
+    TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, SUB: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """Runs of SUB tokens as one vector each [TILE * RUNS, PADDED_DIM], and which of them hold a real token.
+
+    The tile's first block begins at rank `start`; every block has PER_BLOCK runs, of RUNS lanes. Tokens are read twice,
+    the second time from a cache: the weights within a run need the block's mean and spread.
+    """
+    lane = tl.arange(0, TILE * RUNS)
+    inside = lane % RUNS < PER_BLOCK
+    rank = start + (lane // RUNS) * (PER_BLOCK * SUB) + (lane % RUNS) * SUB
+    total = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
+    squares = tl.zeros([TILE * RUNS], tl.float32)
+    count = tl.zeros([TILE * RUNS], tl.float32)
+    for step in tl.static_range(SUB):
+        tokens, real = _tokens(
+            base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
+        )
+        total += tokens
+        squares += tl.sum(tokens * tokens, 1)
+        count += real.to(tl.float32)
+    if SUB == 1:
+        return total, count > 0.0
+    block_count = tl.maximum(tl.sum(tl.reshape(count, [TILE, RUNS]), 1), 1.0)
+    centre = tl.sum(tl.reshape(total, [TILE, RUNS, PADDED_DIM]), 1) / block_count[:, None]
+    square = tl.sum(tl.reshape(squares, [TILE, RUNS]), 1) / block_count
+    # A difference of near equals: below a millionth of the square it is rounding, and so is what it weighs.
+    spread = tl.maximum(square - tl.sum(centre * centre, 1), square * 1e-6)
+    unit = salience / tl.maximum(spread, 1.0e-30)
+    centre = tl.reshape(tl.broadcast_to(centre[:, None, :], [TILE, RUNS, PADDED_DIM]), [TILE * RUNS, PADDED_DIM])
+    unit = tl.reshape(tl.broadcast_to(unit[:, None], [TILE, RUNS]), [TILE * RUNS])
+    top = tl.full([TILE * RUNS], HIDDEN, tl.float32)
+    weights = tl.zeros([TILE * RUNS], tl.float32)
+    deviation = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
+    for step in tl.static_range(SUB):
+        tokens, real = _tokens(
+            base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
+        )
+        apart = tokens - centre
+        excess = tl.where(real, tl.sum(apart * apart, 1) * unit, HIDDEN)
+        now = tl.maximum(top, excess)
+        shrink = tl.exp(top - now)
+        weight = tl.where(real, tl.exp(excess - now), 0.0)
+        weights = weights * shrink + weight
+        deviation = deviation * shrink[:, None] + weight[:, None] * apart
+        top = now
+    pooled = centre + (contrast / tl.maximum(weights, 1.1754944e-38))[:, None] * deviation
+    filled = count > 0.0
+    return tl.where(filled[:, None], pooled, 0.0), filled
+
+
+@triton.jit
+def _rotate(pooled, matrix, dim, column, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """pooled [rows, PADDED_DIM] times columns `column` of the sketch matrix [HEAD_DIM, WIDTH]."""
     part = tl.load(
         matrix + dim[:, None] * WIDTH + column[None, :],
         mask=(dim < HEAD_DIM)[:, None] & (column < WIDTH)[None, :],
         other=0.0,
     )
     if part.dtype == tl.float32:
-        return tl.dot(means, part, input_precision="ieee")
-    return tl.dot(means.to(part.dtype), part)
+        return tl.dot(pooled, part, input_precision="ieee")
+    return tl.dot(pooled.to(part.dtype), part)
 
 
 @triton.jit
 def _sketch_keys(
     key, key_index, past, length, matrix, codes, scales,
-    k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread,
+    k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr, INDEXED: tl.constexpr,
@@ -103,13 +150,13 @@ def _sketch_keys(
         return
     dim = tl.arange(0, PADDED_DIM)
     base = key + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
-    means, real = _means(
-        base, key_index, sequence, first_block * BLOCK, 0, end, k_token, num_keys, dim,
+    pooled, real = _pooled(
+        base, key_index, sequence, first_block * BLOCK, 0, end, k_token, num_keys, dim, salience, 1.0,
         TILE, RUNS, PER_BLOCK, BLOCK // PER_BLOCK, HEAD_DIM, PADDED_DIM, INDEXED,
     )  # fmt: skip
     half = tl.arange(0, PADDED_HALF)
-    first = _rotate(means, matrix, dim, half, HEAD_DIM, WIDTH)
-    second = _rotate(means, matrix, dim, half + HALF, HEAD_DIM, WIDTH)
+    first = _rotate(pooled, matrix, dim, half, HEAD_DIM, WIDTH)
+    second = _rotate(pooled, matrix, dim, half + HALF, HEAD_DIM, WIDTH)
     first = tl.where((half < HALF)[None, :], first, 0.0)
     second = tl.where((half < HALF)[None, :], second, 0.0)
     squares = tl.sum(tl.reshape(tl.sum(first * first, 1) + tl.sum(second * second, 1), [TILE, RUNS]), 1)
@@ -136,9 +183,9 @@ def _sketch_keys(
 @triton.jit
 def _sketch_queries(
     query, query_index, past, length, matrix, codes, scales, last_rank,
-    q_batch, q_head, q_token, num_rows, num_queries,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, KEPT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    q_batch, q_head, q_token, num_rows, num_queries, salience, contrast,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr,
+    KEPT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     INDEXED: tl.constexpr,
 ):  # fmt: skip
     """The KEPT most salient sub-queries of each of TILE query blocks of one head, rounded."""
@@ -150,12 +197,12 @@ def _sketch_queries(
     start = (seen // BLOCK + first_row) * BLOCK
     dim = tl.arange(0, PADDED_DIM)
     base = query + sequence.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
-    means, real = _means(
-        base, query_index, sequence, start, seen, end, q_token, num_queries, dim,
+    pooled, real = _pooled(
+        base, query_index, sequence, start, seen, end, q_token, num_queries, dim, salience, contrast,
         TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED,
     )  # fmt: skip
     column = tl.arange(0, COLUMNS)
-    values = _rotate(means, matrix, dim, column, HEAD_DIM, WIDTH)
+    values = _rotate(pooled, matrix, dim, column, HEAD_DIM, WIDTH)
     lane = tl.arange(0, TILE * RUNS)
     run = tl.arange(0, RUNS)
     of_block = tl.broadcast_to((run < PER_BLOCK)[None, :], [TILE, RUNS])
@@ -201,6 +248,8 @@ def sketch_keys(
     block_size: int,
     key_sub_block: int,
     step: float,
+    salience: float,
+    launch: SketchLaunch | None = None,
 ) -> None:
     """Write codes and scales of the blocks that the call touches, from each sequence's first open one on.
 
@@ -214,19 +263,22 @@ def sketch_keys(
         Rotation, float32 or bfloat16; the product is made in its dtype.
     step : float
         Step size of a code in units of its block's root mean square.
+    salience : float
+        As in `SketchWalkConfig`; 0 is the plain mean.
     """
     if not num_blocks:
         return
     batch, heads, num_keys, head_dim = key.shape
     per_block, width = block_size // key_sub_block, matrix.shape[1]
     half = (width + 1) // 2
-    tile, runs = _tile(per_block, num_blocks)
+    launch = launch or SketchLaunch()
+    tile, runs = _tile(per_block, num_blocks, launch.lanes)
     _sketch_keys[(triton.cdiv(num_blocks, tile), heads, batch)](
         key, layout.key_index, layout.past, layout.length, matrix, codes, scales,
-        *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step,
+        *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience,
         BLOCK=block_size, TILE=tile, RUNS=runs, PER_BLOCK=per_block, HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim), WIDTH=width, HALF=half, PADDED_HALF=max(16, triton.next_power_of_2(half)),
-        INDEXED=layout.key_index is not None, num_warps=8 if tile * runs >= LANES else 4,
+        INDEXED=layout.key_index is not None, num_warps=launch.num_warps if tile * runs >= launch.lanes else 4,
     )  # fmt: skip
 
 
@@ -238,10 +290,14 @@ def sketch_queries(
     block_size: int,
     query_sub_block: int,
     kept: int,
+    salience: float,
+    contrast: float,
+    launch: SketchLaunch | None = None,
 ) -> PackedQueries:
     """The `kept` most salient sub-queries per head of every query block of the call.
 
-    A call of one query per sequence has one row and one sub-query.
+    `salience` and `contrast` are those of `SketchWalkConfig`. A call of one query per sequence has one row and one
+    sub-query.
     """
     batch, heads, num_queries, head_dim = query.shape
     if num_queries == 1:
@@ -256,19 +312,20 @@ def sketch_queries(
         torch.empty(shape, dtype=torch.int32, device=query.device),
     )
     if rows:
-        tile, runs = _tile(per_block, rows)
+        launch = launch or SketchLaunch()
+        tile, runs = _tile(per_block, rows, launch.lanes)
         _sketch_queries[(triton.cdiv(rows, tile), heads, batch)](
             query, layout.query_index, layout.past, layout.length, matrix, *packed,
-            *query.stride()[:3], rows, num_queries,
+            *query.stride()[:3], rows, num_queries, salience, contrast if query_sub_block > 1 else 1.0,
             BLOCK=block_size, TILE=tile, RUNS=runs, PER_BLOCK=per_block, KEPT=kept, HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim(head_dim), WIDTH=width, COLUMNS=columns, INDEXED=layout.query_index is not None,
-            num_warps=8 if tile * runs >= LANES else 4,
+            num_warps=launch.num_warps if tile * runs >= launch.lanes else 4,
         )  # fmt: skip
     return packed
 
 
-def _tile(per_block: int, blocks: int) -> tuple[int, int]:
-    """Blocks of one program and lanes of each: 64 means at once, as few as 16 where the call has few blocks."""
+def _tile(per_block: int, blocks: int, lanes: int) -> tuple[int, int]:
+    """Blocks of one program and lanes of each: `lanes` vectors at once, as few as 16 where the call has few blocks."""
     runs = triton.next_power_of_2(per_block)
-    tile = max(1, min(LANES // runs, triton.next_power_of_2(blocks)))
+    tile = max(1, min(lanes // runs, triton.next_power_of_2(blocks)))
     return max(tile, 16 // runs), runs
