@@ -42,30 +42,27 @@ def timed(call: Any) -> tuple[float, Any]:
     return begin.elapsed_time(end), result
 
 
-def run(tokens: int, chunk: int, block: int, density: float, walk: str) -> dict[str, Any]:
-    """One prompt: milliseconds per chunk, of all and of sketches and scores alone."""
-    config = SketchWalkConfig(block_size=block, sketch_dim=HEAD_DIM, density=density, min_blocks=4, walk=walk)
-    key, value = (torch.randn(1, KV_HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def _chunks(
+    config: SketchWalkConfig, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[list[dict[str, Any]], LayerSketch]:
+    """One prompt, `queries` again and again, and the state it leaves."""
     state = LayerSketch(config)
+    tokens, chunk = key.shape[2], queries.shape[2]
     rows = []
-    torch.cuda.reset_peak_memory_stats()
-    for start in tqdm(range(0, tokens, chunk), desc=f"density {density}, walk {walk}"):
+    for start in tqdm(range(0, tokens, chunk), desc=f"density {config.density}, walk {config.walk}"):
         stop = min(tokens, start + chunk)
-        query = torch.randn(1, HEADS, stop - start, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+        query = queries[:, :, : stop - start]
         layout = make_layout(1, stop - start, stop, query.device)
         keys, values = key[:, :, :stop], value[:, :, :stop]
-
-        call = partial(sketch_walk_attention, query, keys, values, config, layout=layout)
-        if start == 0:
-            call(state=LayerSketch(config))  # compiles
-        whole, result = timed(partial(call, state=state))
+        whole, result = timed(partial(sketch_walk_attention, query, keys, values, config, layout=layout, state=state))
         absorbed, _ = timed(partial(absorb_keys, state, keys, layout, query))
         scored, _ = timed(partial(call_scores, state, query, layout, SCALE))
-        first = start // block
+        first = start // config.block_size
         index = torch.arange(first, first + result.selection.counts.shape[1], device="cuda")[None]
         rows.append(
             {
                 "stop": stop,
+                "tokens": stop - start,
                 "ms": round(whole, 3),
                 "us_per_token": round(1e3 * whole / (stop - start), 3),
                 "sketch_and_score_ms": round(absorbed + scored, 3),
@@ -74,10 +71,24 @@ def run(tokens: int, chunk: int, block: int, density: float, walk: str) -> dict[
             }
         )
         assert result.output.isfinite().all()
+    return rows, state
+
+
+def run(tokens: int, chunk: int, block: int, density: float, walk: str) -> dict[str, Any]:
+    """One prompt: milliseconds per chunk, of all and of sketches and scores alone."""
+    config = SketchWalkConfig(block_size=block, sketch_dim=HEAD_DIM, density=density, min_blocks=4, walk=walk)
+    key, value = (torch.randn(1, KV_HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    queries = torch.randn(1, HEADS, chunk, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    # Every length that is met compiles or plans something the first time: the whole prompt goes through twice.
+    _chunks(config, queries, key, value)
+    torch.cuda.reset_peak_memory_stats()
+    rows, state = _chunks(config, queries, key, value)
     held = state.nbytes()
     cache = key.nbytes + value.nbytes
     total = sum(row["ms"] for row in rows)
+    # Chunks of one length: a short last one costs more per token.
     early = next(row for row in rows if row["stop"] >= tokens // 8)
+    late = [row for row in rows if row["tokens"] == chunk][-1]
     row = {
         "tokens": tokens,
         "chunk": chunk,
@@ -86,8 +97,8 @@ def run(tokens: int, chunk: int, block: int, density: float, walk: str) -> dict[
         "walk": walk,
         "total_ms": round(total, 1),
         "selector_share": round(sum(r["sketch_and_score_ms"] for r in rows) / total, 4),
-        "cost_growth": round(rows[-1]["us_per_token"] / early["us_per_token"], 3),
-        "position_growth": round(rows[-1]["stop"] / early["stop"], 3),
+        "cost_growth": round(late["us_per_token"] / early["us_per_token"], 3),
+        "position_growth": round(late["stop"] / early["stop"], 3),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "state_share": {part: round(size / cache, 5) for part, size in held.items()},
         "chunks": rows,
@@ -104,7 +115,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=16384)
     args = parser.parse_args()
     torch.manual_seed(0)
-    cases = ((128, 0.05, "none"), (64, 0.05, "none"), (128, 0.2, "none"), (128, 0.05, "damped"))
+    cases = ((128, 0.05, "none"), (64, 0.05, "none"), (128, 0.05, "damped"))
     results = []
     for block, density, walk in cases:
         try:

@@ -84,7 +84,7 @@ def _pooled(
     total = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
     squares = tl.zeros([TILE * RUNS], tl.float32)
     count = tl.zeros([TILE * RUNS], tl.float32)
-    for step in tl.static_range(SUB):
+    for step in range(SUB):
         tokens, real = _tokens(
             base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
         )
@@ -104,7 +104,7 @@ def _pooled(
     top = tl.full([TILE * RUNS], HIDDEN, tl.float32)
     weights = tl.zeros([TILE * RUNS], tl.float32)
     deviation = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
-    for step in tl.static_range(SUB):
+    for step in range(SUB):
         tokens, real = _tokens(
             base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
         )
