@@ -33,7 +33,7 @@ from sketch_walk.bench.baselines import UnavailableError, dense_attention, flex_
 from sketch_walk.bench.checks import MismatchError, check_attend, check_layer, relative_error, sampled_error
 from sketch_walk.bench.inputs import make_generator, make_qkv, random_selection
 from sketch_walk.bench.memory import LiveBytes, founding_bytes, num_rows, peak_of
-from sketch_walk.bench.model import ModelOptions, dense_model, head_shape, run_model
+from sketch_walk.bench.model import REGISTERED, ModelOptions, dense_model, head_shape, run_model
 from sketch_walk.bench.random_model import LlamaShape, random_llama
 from sketch_walk.bench.record import compare, environment, resolve_device
 from sketch_walk.bench.timing import NotCapturableError, capture
@@ -460,6 +460,8 @@ def test_model_rows(tiny_llama) -> None:
     rows = run_model(tiny_llama, MODEL)
     assert len(rows) == MODEL.num_rows() == 2 * (4 + 2)
     assert tiny_llama.config._attn_implementation == "sdpa"
+    # transformers looks such names up in a hub.
+    assert not any("flash" in name for name in REGISTERED.values())
     for phase, batch, density in (("prefill", 1, 26 / 36), ("decode", 2, 0.5)):
         dense, *absent, sparse, automatic = (row for row in rows if row.phase == phase)
         assert dense.timing is not None
@@ -509,7 +511,7 @@ def test_dense_model_ends_as_it_began(tiny_llama) -> None:
     ids = torch.arange(40)[None]
     before = tiny_llama(input_ids=ids).logits
     with dense_model(tiny_llama, "sdpa", CPU):
-        assert tiny_llama.config._attn_implementation == "sketch_walk_bench_sdpa"
+        assert tiny_llama.config._attn_implementation == REGISTERED["sdpa"]
         torch.testing.assert_close(tiny_llama(input_ids=ids).logits, before)
     assert tiny_llama.config._attn_implementation == "sdpa"
 
