@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class SketchLaunch(NamedTuple):
     """Pooled vectors of one program, which are rows of its product with the rotation, and its warps."""
 
-    lanes: int = 64
-    num_warps: int = 8
+    lanes: int = 32
+    num_warps: int = 4
 
 
 class PackedQueries(NamedTuple):
