@@ -478,6 +478,17 @@ def test_chunks_and_steps_leave_the_state_of_one_call(padding: str | None, head_
         torch.testing.assert_close(mine[1], theirs[1], rtol=1e-5, atol=0)
 
 
+def test_a_steps_budget_is_that_of_the_call() -> None:
+    """A cache that was filled under another density."""
+    call = Call((2, 4, 2, 1, 200, 64, None, {"block_size": 32, "density": 0.2}))
+    state = call.stored("triton")
+    tensors = (call.query, call.key, call.key)
+    for density, count in ((1.0, 7), (0.5, 4)):
+        config = replace(call.config, density=density)
+        found = sketch_walk_attention(*tensors, config, state=state, layout=call.layout, impl="triton")
+        assert found.selection.counts.tolist() == [[count]] * 2
+
+
 def test_transition_rows_are_the_references() -> None:
     """With a walk the kernels' scores become transition rows; the row of an open block is the reference's."""
     call = Call((1, 4, 2, 150, 0, 64, None, {"block_size": 32, "walk": "damped", "sparsity_exponent": 1}))

@@ -120,7 +120,7 @@ def sketch_walk_attention(
         absorb_keys(state, key, layout, query, impl)
         plain = causal and bias is None and config.mass is None
         if plain and score_with is None and combine_scores is None and step_with_triton(state, query, impl):
-            rows, selection = one_step(state, query, layout, scale)
+            rows, selection = one_step(state, query, layout, scale, config)
         else:
             if score_with is None:
                 scores = call_scores(state, query, layout, scale, causal, impl)
@@ -153,9 +153,14 @@ def sketch_walk_attention(
     return SketchWalkOutput(output, selection, rows, used)
 
 
-def one_step(state: LayerSketch, query: Tensor, layout: Layout, scale: float) -> tuple[Tensor, BlockSelection]:
-    """Scores and selection of one token per sequence without a walk, in one go."""
-    config, blocks = state.config, -(-layout.max_length // state.config.block_size)
+def one_step(
+    state: LayerSketch, query: Tensor, layout: Layout, scale: float, config: SketchWalkConfig
+) -> tuple[Tensor, BlockSelection]:
+    """Scores and selection of one token per sequence without a walk, in one go.
+
+    Budgets are those of `config`, which may have changed since the state was made.
+    """
+    blocks = -(-layout.max_length // config.block_size)
     counts = row_counts(config, blocks, query.device)
     scores, *table = step_selection(state, query, layout, scale, counts, config.budget(blocks))
     selection = BlockSelection(*table)

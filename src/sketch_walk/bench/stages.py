@@ -116,7 +116,7 @@ def selector_stages(
     rows_of_call = layout.num_query_blocks(blocks)
     index = layout.first_block(blocks)[:, None] + torch.arange(rows_of_call, device=query.device)
     if step_with_triton(state, query, impl):
-        _, selection = stage("scores and select", partial(one_step, state, query, layout, case.scale))
+        _, selection = stage("scores and select", partial(one_step, state, query, layout, case.scale, config))
     else:
         scores = stage("scores", partial(call_scores, state, query, layout, case.scale, impl=impl))
         walk = scores
