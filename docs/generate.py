@@ -47,10 +47,12 @@ RESULTS = PROJECT / "benchmarks" / "results"
 IMAGES = PROJECT / "docs" / "images"
 ABLATIONS = "ablations_*.json"
 # Under today's rule, and under the rules that came before it.
-QUALITY = "yardstick_smollm2_4k.json"
+QUALITY, PLAIN = "yardstick_smollm2_4k.json", "yardstick_smollm2_4k_plain.json"
 EARLIER, EARLIER_TRITON = "yardstick_smollm2_4k_mass.json", "yardstick_smollm2_4k_mass_triton.json"
 SPEED, DECODE, GENERATION = "cpu_prompt.json", "cpu_decode.json", "cpu_generation.json"
-GPU_CUTE, GPU_LAYER, MEMORY = "gpu_cute.json", "gpu_layer.json", "gpu_memory.json"
+GPU_CUTE, MEMORY, SELECTOR = "gpu_cute.json", "gpu_memory.json", "gpu_selector.json"
+# Of `sketch-walk bench attention`.
+PREFILL, TRITON, STEP, SHORT = "gpu_prefill.json", "gpu_prefill_triton.json", "gpu_decode.json", "gpu_short.json"
 TASKS = ("noise", "essay", "mk4")
 LENGTHS = (4096, 32_768, 131_072)
 README_LENGTHS = (1024, 2048, 4096, 8000)
@@ -58,6 +60,13 @@ SMOLLM2 = ModelShape(layers=30, heads=9, kv_heads=3, head_dim=64)
 # The run that most tables compare with: the defaults at a fifth of the blocks.
 BASE = {"density": 0.2, "min_blocks": 4}
 EARLIER_BASE = {"block_score": "mass", "walk": "damped", **BASE}
+# What makes of today's rule the one of `PLAIN`: sub-blocks are means.
+PLAIN_MEANS = {"salience": 0.0, "query_contrast": 1.0}
+README_RUNS = (BASE, {**BASE, "density": 0.1}, {**BASE, "block_size": 128})
+DENSE_NAMES = {"sdpa-flash": "SDPA flash", "sdpa-cudnn": "SDPA cuDNN", "flash-attn-4": "flash-attn-4"}
+# The launch variants of benchmarks/gpu_selector.py that the kernels take by themselves.
+SKETCH_LAUNCH, PEAK_LAUNCH = "sketch_queries, 32 lanes, 4 warps", "64x128, 4 warps, 128 registers"
+STEP_LAUNCH = "peaks, 256 sub-keys, 4 warps"
 # The kernels of `impl="cute"` were timed at this shape on this GPU (major compute capability).
 HEAD_DIM, GROUP, CAPABILITY = 128, 4, 9
 REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -174,9 +183,9 @@ def frequencies(precision: str) -> str:
 
 
 def readme_results() -> str:
-    """Region: today's rule with dense beside it, then the speed on a CPU."""
+    """Region: today's rule with dense beside it, then the speed on a GPU and on a CPU."""
     data, rows = quality()
-    dense, *sparse = rows
+    dense, sparse = rows[0], [run_of(rows, **config) for config in README_RUNS]
     body = [
         [
             rule_name(row["config"]),
@@ -193,7 +202,7 @@ def readme_results() -> str:
         f"Quality, dense attention of the same run in brackets. {setting(data, QUALITY)} One standard error of the "
         f"prose needles is about {100 * error:.0f} points."
     )
-    return "\n\n".join([wrapped(text), table(head, body), speed_table(README_LENGTHS)])
+    return "\n\n".join([wrapped(text), table(head, body), gpu_readme(), speed_table(README_LENGTHS)])
 
 
 def quality_loss() -> str:
@@ -220,10 +229,10 @@ def quality_loss() -> str:
     return table(head, body)
 
 
-def config_note(config: dict[str, Any]) -> str:
-    """A sentence when a file's config is not today's default with `BASE`; empty if it is."""
+def config_note(config: dict[str, Any], apart: Sequence[str] = ()) -> str:
+    """A sentence when a file's config, the fields `apart` left out, is not today's default with `BASE`; else empty."""
     today = SketchWalkConfig(**BASE).to_dict()
-    names = [name for name in today if name != "dense_below"]
+    names = [name for name in today if name not in ("dense_below", *apart)]
     changed = [f"`{name}={config[name]!r}`" for name in names if name in config and config[name] != today[name]]
     absent = [f"`{name}`" for name in names if name not in config]
     parts = [f"with {', '.join(changed)}"] if changed else []
@@ -386,34 +395,176 @@ def gpu_dense() -> str:
     return wrapped(text) + "\n\n" + table(head, body, left=0)
 
 
-def gpu_layer() -> str:
-    """Region: one layer's prefill on a GPU, selector included."""
-    data = required(GPU_LAYER)
+def bench_setting(data: dict[str, Any], name: str) -> str:
+    """How a file of `sketch-walk bench attention` was made."""
+    shape, options = data["shape"], data["options"]
+    packages = ("torch", "triton", *(kernel for kernel in ("flash-attn-4",) if kernel in options["baselines"]))
+    versions = ", ".join(f"{package} {data['versions'][package]}" for package in packages)
+    # Fields that a row of such a file sets, and the sketch of the full head dimension.
+    note = config_note(data["config"], ("block_size", "density", "min_blocks", "sketch_dim"))
+    return (
+        f"{shape['heads']}/{shape['kv_heads']} heads x {shape['head_dim']}, sketches of {data['config']['sketch_dim']} "
+        f"coordinates, {data['dtype']}; {data['device']}, {versions}; medians of {options['repeats']}, each kernel "
+        f"checked before it was timed. Random tensors: no accuracy belongs to these rows. {note}".strip()
+        + f" Source: `benchmarks/results/{name}`."
+    )
+
+
+def layer_rows(data: dict[str, Any]) -> Iterable[tuple[dict[str, Row], Row, Row]]:
+    """Of every case of a bench file: the dense rows by kernel, attention alone, and the layer with its selector."""
+    by_case: dict[tuple[Any, ...], dict[str, Row]] = {}
+    dense: dict[tuple[int, int], dict[str, Row]] = {}
+    for row in data["results"]:
+        size = (row["batch"], row["tokens"])
+        if row["kind"] == "dense":
+            dense.setdefault(size, {})[row["method"]] = row
+        else:
+            by_case.setdefault((*size, row["block_size"], row["density"]), {})[row["kind"]] = row
+    for case, kinds in by_case.items():
+        yield dense[case[:2]], kinds["attention"], kinds["layer"]
+
+
+def layer_table(data: dict[str, Any], what: str, digits: int) -> str:
+    """Dense attention, sparse attention alone and with its selector; `what` names the latter."""
+    baselines, steps = data["options"]["baselines"], data["options"]["phases"] == ["decode"]
+    body = []
+    for dense, attention, layer in layer_rows(data):
+        share = layer["median_ms"] / attention["median_ms"] - 1.0
+        body.append(
+            [
+                *([str(layer["batch"])] if steps else []),
+                f"{layer['tokens']:,}",
+                str(layer["block_size"]),
+                f"{layer['block_density']:.3f}",
+                *(f"{dense[name]['median_ms']:.{digits}f}" for name in baselines),
+                f"{attention['median_ms']:.{digits}f}",
+                f"{layer['median_ms']:.{digits}f}",
+                f"{share:.0%}".replace("%", " %"),
+                f"{layer['over_flash']:.2f}×",
+                *([f"{layer['over_fastest_dense']:.2f}×"] if len(baselines) > 1 else []),
+            ]
+        )
+    head = (
+        *(["batch"] if steps else []), "tokens", "block", "block density", *(DENSE_NAMES[name] for name in baselines),
+        "attention alone", what, "selector, of the attention", f"{what}, over SDPA flash",
+        *(["over the fastest dense"] if len(baselines) > 1 else []),
+    )  # fmt: skip
+    return table(head, body, left=0)
+
+
+def gpu_prefill() -> str:
+    """Region: one layer's prompt on a GPU with its selector, beside dense kernels."""
+    data = required(PREFILL)
+    text = f"Milliseconds of device time of one layer's prompt, {bench_setting(data, PREFILL)}"
+    return wrapped(text) + "\n\n" + layer_table(data, "layer", 2)
+
+
+def gpu_prefill_triton() -> str:
+    """Region: the same through the Triton kernels alone."""
+    data = required(TRITON)
+    text = f"Milliseconds of device time of one layer's prompt, Triton kernels only, {bench_setting(data, TRITON)}"
+    return wrapped(text) + "\n\n" + layer_table(data, "layer", 1)
+
+
+def gpu_decode() -> str:
+    """Region: a decode step of one layer on a GPU, in a CUDA graph."""
+    data = required(STEP)
+    assert all(row["graph"] for row in data["results"])
+    text = f"Milliseconds of one layer's decode step in a CUDA graph, {bench_setting(data, STEP)}"
+    return wrapped(text) + "\n\n" + layer_table(data, "step", 3)
+
+
+def gpu_readme() -> str:
+    """One layer's prompt on a GPU in few columns."""
+    data = required(PREFILL)
     body = [
         [
-            f"{row['tokens']:,}",
-            str(row["block_size"]),
-            f"{row['block_density']:.3f}",
-            f"{row['layer_ms']:.1f}",
-            f"{row['stages_ms']['sketch_keys'] + row['stages_ms']['scores']:.1f}",
-            f"{row['stages_ms']['attend']:.1f}",
-            f"{row['flash_ms']:.1f}",
-            f"{row['cudnn_ms']:.1f}",
-            f"{row['over_flash']:.2f}×",
-            f"{row['over_fastest_dense']:.2f}×",
+            f"{layer['tokens']:,}",
+            str(layer["block_size"]),
+            percent(layer["block_density"]),
+            f"{dense['sdpa-flash']['median_ms']:.1f}",
+            f"{dense[layer['fastest_dense']]['median_ms']:.1f}",
+            f"{layer['median_ms']:.1f}",
+            f"{layer['over_flash']:.1f}×",
+            f"{layer['over_fastest_dense']:.1f}×",
         ]
-        for row in data["results"]
+        for dense, _, layer in layer_rows(data)
     ]
-    text = (
-        f"Milliseconds of device time: {data['what']}. {data['device']}, torch {data['torch']}, "
-        f"triton {data['triton']}; medians of {data['repeats']}. Random tensors: no accuracy belongs to these rows. "
-        f"Source: `benchmarks/results/{GPU_LAYER}`."
-    )
-    head = (
-        "tokens", "block", "block density", "layer", "sketch and scores", "attention", "SDPA flash", "SDPA cuDNN",
-        "over flash", "over the faster dense",
-    )  # fmt: skip
+    text = f"Time on a GPU: milliseconds of one layer's prompt with its selector, {bench_setting(data, PREFILL)}"
+    times = ("SDPA flash", "fastest dense kernel", "sparse layer", "over SDPA flash", "over the fastest")
+    return wrapped(text) + "\n\n" + table(("tokens", "block", "blocks read", *times), body, left=0)
+
+
+def gpu_short() -> str:
+    """Region: what the automatic path takes for prompts below the crossover."""
+    data = required(SHORT)
+    body = []
+    for row in data["results"]:
+        if row["kind"] != "automatic":
+            continue
+        dense = {r["method"]: r for r in data["results"] if r["kind"] == "dense" and r["tokens"] == row["tokens"]}
+        body.append(
+            [
+                f"{row['tokens']:,}",
+                *(f"{dense[name]['median_ms']:.3f}" for name in data["options"]["baselines"]),
+                f"{row['median_ms']:.3f} ({row['low_ms']:.3f} to {row['high_ms']:.3f})",
+                row["impl"],
+                f"{row['over_fastest_dense']:.2f}×",
+            ]
+        )
+    text = f"Milliseconds of one layer's prompt, automatic path (`dense_below=None`), {bench_setting(data, SHORT)}"
+    names = (DENSE_NAMES[name] for name in data["options"]["baselines"])
+    head = ("tokens", *names, "automatic (quartiles)", "what ran", "fastest dense / automatic")
     return wrapped(text) + "\n\n" + table(head, body, left=0)
+
+
+def gpu_selector() -> str:
+    """Region: stages of the selector as the kernels run by themselves, then other ways to launch them."""
+    data = required(SELECTOR)
+    checked = "checked in the same run" if data["checks"] else "timed without a check in this run"
+    text = (
+        f"Milliseconds of device time: {data['what']}; {checked}. {data['device']}, torch {data['torch']}, triton "
+        f"{data['triton']}. Source: `benchmarks/results/{SELECTOR}`."
+    )
+    prompts, steps = [], []
+    for row in data["prefill"]:
+        ms = row["ms"]
+        names = ("sketch_keys", SKETCH_LAUNCH, "unpack", PEAK_LAUNCH, "call_scores", "select")
+        whole = sum(ms[name] for name in ("sketch_keys", "call_scores", "select"))
+        times = (f"{value:.2f}" for value in (*(ms[name] for name in names), whole))
+        prompts.append([f"{row['tokens']:,}", str(row["block_size"]), *times])
+    for row in data["decode"]:
+        names = ("keys", "queries", STEP_LAUNCH, "call_scores", "select", "step_selection", "layer")
+        times = (f"{row['graph_ms'][name]:.4f}" for name in names)
+        steps.append([str(row["batch"]), f"{row['tokens']:,}", str(row["block_size"]), *times])
+    stages = ("sketch of keys", "sketch of queries", "unpacking of codes", "peaks", "the three before in one call")
+    head = ("tokens", "block", *stages, "selection", "keys, scores and selection")
+    step_head = ("key", "query", "peaks", "scores in one call", "selection", "scores and selection", "whole layer")
+    return "\n\n".join(
+        [
+            wrapped(text),
+            table(head, prompts, left=0),
+            "A decode step, in a CUDA graph:",
+            table(("batch", "tokens", "block", *step_head), steps, left=0),
+            "Other ways to launch the kernels; **bold** is what runs:",
+            _variants("prompt", data["prefill"], "ms", ("sketch_queries", "64x", "128x"), 2),
+            _variants("decode step", data["decode"], "graph_ms", ("peaks",), 4),
+        ]
+    )
+
+
+def _variants(call: str, rows: Sequence[Row], times: str, starts: tuple[str, ...], digits: int) -> str:
+    """Time of each launch variant, a column for each row, the default in bold; one that failed shows its error."""
+    body = []
+    for name in rows[0][times]:
+        if name.startswith(starts):
+            values = (row[times][name] for row in rows)
+            label = f"peaks, {name}" if name[0].isdigit() else name.replace("sketch_queries", "sketch of queries")
+            label = f"**{label}**" if name in (SKETCH_LAUNCH, PEAK_LAUNCH, STEP_LAUNCH) else label
+            body.append([label, *(v if isinstance(v, str) else f"{v:.{digits}f}" for v in values)])
+    batches = [f"batch {row['batch']}, " if "batch" in row else "" for row in rows]
+    sizes = [f"{row['tokens']:,} tokens, block {row['block_size']}" for row in rows]
+    return table((call, *map("".join, zip(batches, sizes, strict=True))), body)
 
 
 def gpu_memory() -> str:
@@ -575,9 +726,44 @@ def knob_table(data: dict[str, Any], rows: Sequence[Row], base_config: dict[str,
 
 
 def knobs() -> str:
-    """Region: fields of today's rule."""
+    """Region: fields of today's rule; plain means come from a file of their own."""
     data, rows = quality()
-    return wrapped(f"{data['samples']} prompts per task.") + "\n\n" + knob_table(data, rows, BASE)
+    means = run_of(_plain_runs(rows[0]), **BASE, **PLAIN_MEANS)
+    text = f"{data['samples']} prompts per task. Sources: `benchmarks/results/{QUALITY}`, `benchmarks/results/{PLAIN}`."
+    return wrapped(text) + "\n\n" + knob_table(data, [*rows, means], BASE)
+
+
+def _plain_runs(dense: Row) -> list[Row]:
+    """Runs of `PLAIN` that share prompts and precision with today's, whose dense run is `dense`."""
+    data, by_precision = compared(PLAIN)
+    rows = by_precision[precision_of(dense)]
+    assert data["seeds"] == required(QUALITY)["seeds"]
+    assert run_of(rows, rule="dense") == dense, f"{PLAIN} asked other prompts"
+    return rows
+
+
+def pooling() -> str:
+    """Region: plain means of sub-blocks against the default's pooling, the same prompts."""
+    data, rows = quality()
+    dense, *_ = rows
+    body = [["dense", "1.000", *(f"{dense[task]['accuracy']:.2f}" for task in TASKS), f"{dense['prose_nll']:.4f}"]]
+    for means in _plain_runs(dense):
+        config = {name: value for name, value in means["config"].items() if name not in PLAIN_MEANS}
+        if "rule" in config:
+            continue
+        salient = run_of(rows, **config)
+        cells = []
+        for task in TASKS:
+            before, after = means[task]["accuracy"], salient[task]["accuracy"]
+            cells.append(f"{before:.2f} / {after:.2f} ({round((after - before) * data['samples']):+d})")
+        change = salient["prose_nll"] - means["prose_nll"]
+        losses = f"{means['prose_nll']:.4f} / {salient['prose_nll']:.4f} ({change:+.4f})"
+        body.append([rule_name(config), f"{salient['block_density']:.3f}", *cells, losses])
+    text = (
+        f"Plain means (`salience=0, query_contrast=1`) / the default; in brackets prompts of {data['samples']}, and "
+        f"nats. {setting(data, QUALITY)[:-1]} and `benchmarks/results/{PLAIN}`, which asked the same prompts."
+    )
+    return wrapped(text) + "\n\n" + table(("attention", "block density", *TASKS, "prose NLL"), body)
 
 
 def knobs_earlier() -> str:
@@ -806,11 +992,16 @@ REGIONS: dict[str, Callable[[], str]] = {
     "quality-earlier-triton": quality_earlier_triton,
     "gpu-cute": gpu_cute,
     "gpu-dense": gpu_dense,
-    "gpu-layer": gpu_layer,
+    "gpu-prefill": gpu_prefill,
+    "gpu-prefill-triton": gpu_prefill_triton,
+    "gpu-decode": gpu_decode,
+    "gpu-selector": gpu_selector,
+    "gpu-short": gpu_short,
     "gpu-memory": gpu_memory,
     "cpu-decode": cpu_decode,
     "generation": generation,
     "walk-finding": walk_finding,
+    "pooling": pooling,
     "knobs": knobs,
     "knobs-earlier": knobs_earlier,
     "presets": presets,
