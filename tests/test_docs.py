@@ -155,6 +155,76 @@ def test_attention_on_a_gpu_shows_every_case_for_both_kernels(generate: ModuleTy
         assert float(over_fastest) == pytest.approx(fastest / float(ms), rel=0.01)
 
 
+def cells_of(text: str) -> list[list[str]]:
+    """Cells of the rows of every table in `text`, headings among them."""
+    return [[cell.strip(" *×%") for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+
+
+def test_a_layer_on_a_gpu_is_divided_by_what_was_timed_beside_it(generate: ModuleType) -> None:
+    regions = {"gpu-prefill": generate.PREFILL, "gpu-decode": generate.STEP, "gpu-prefill-triton": generate.TRITON}
+    for region, name in regions.items():
+        data = generate.required(name)
+        rows = cells_of(generate.REGIONS[region]())[2:]
+        layers = [row for row in data["results"] if row["kind"] == "layer"]
+        assert len(rows) == len(layers) > 0
+        steps = region == "gpu-decode"
+        for cells, layer in zip(rows, layers, strict=True):
+            assert (cells.pop(0) if steps else "1") == str(layer["batch"])
+            assert cells[:2] == [f"{layer['tokens']:,}", str(layer["block_size"])]
+            assert float(cells[2]) == pytest.approx(layer["block_density"], abs=6e-4)
+            *dense, attention, own, share, over_flash = map(float, cells[3 : len(data["options"]["baselines"]) + 7])
+            assert own == pytest.approx(layer["median_ms"], rel=0.01)
+            assert share == pytest.approx(100 * (own - attention) / attention, abs=4.0)
+            assert over_flash == pytest.approx(dense[0] / own, rel=0.02)
+            if len(dense) > 1:
+                assert float(cells[-1]) == pytest.approx(min(dense) / own, rel=0.02)
+    assert len(cells_of(generate.gpu_readme())) == len(cells_of(generate.gpu_prefill()))
+
+
+def test_the_launches_in_bold_are_those_that_run(generate: ModuleType) -> None:
+    pytest.importorskip("triton")
+    from sketch_walk.kernels.triton_peaks import PeakLaunch, StepLaunch
+    from sketch_walk.kernels.triton_sketch import SketchLaunch
+
+    sketch, peak, step = SketchLaunch(), PeakLaunch(), StepLaunch()
+    assert f"sketch_queries, {sketch.lanes} lanes, {sketch.num_warps} warps" == generate.SKETCH_LAUNCH
+    sizes = f"{peak.rows}x{peak.columns}, {peak.num_warps} warps, {peak.max_registers} registers"
+    assert sizes == generate.PEAK_LAUNCH
+    assert f"peaks, {step.sub_keys} sub-keys, {step.num_warps} warps" == generate.STEP_LAUNCH
+    assert generate.gpu_selector().count("| **") == 3
+
+
+def test_plain_means_are_compared_on_the_same_prompts(
+    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before, today = (generate.required(name)["results"] for name in (generate.PLAIN, generate.QUALITY))
+    (cells,) = (cells for cells in cells_of(generate.pooling()) if cells[0] == "default, density 0.1")
+    changed = {**generate.BASE, "density": 0.1}
+    old, new = generate.run_of(before, **changed, **generate.PLAIN_MEANS), generate.run_of(today, **changed)
+    gained = round(128 * (new["essay"]["accuracy"] - old["essay"]["accuracy"]))
+    assert cells[3] == f"{old['essay']['accuracy']:.2f} / {new['essay']['accuracy']:.2f} ({gained:+d})"
+    assert cells[5] == f"{old['prose_nll']:.4f} / {new['prose_nll']:.4f} ({new['prose_nll'] - old['prose_nll']:+.4f})"
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    files = {}
+    for name, rows in ((generate.QUALITY, today), (generate.PLAIN, before)):
+        files[name] = {"samples": 128, "seeds": "0-127", "results": [dict(row) for row in rows]}
+        (tmp_path / name).write_text(json.dumps(files[name]), encoding="utf-8")
+    generate.knobs()
+    files[generate.PLAIN]["results"][0]["prose_nll"] += 0.1
+    (tmp_path / generate.PLAIN).write_text(json.dumps(files[generate.PLAIN]), encoding="utf-8")
+    with pytest.raises(AssertionError, match="asked other prompts"):
+        generate.knobs()
+
+
+def test_a_bench_file_of_another_rule_says_so(generate: ModuleType) -> None:
+    data = generate.required(generate.PREFILL)
+    assert "earlier default" not in generate.bench_setting(data, generate.PREFILL)
+    data["config"] |= {"salience": 0.0}
+    del data["config"]["query_contrast"]
+    text = generate.bench_setting(data, generate.PREFILL)
+    assert "**Measured with an earlier default**: with `salience=0.0`, and before there were `query_contrast`." in text
+
+
 def test_a_decode_step_reads_half_of_the_codes_and_all_scales(generate: ModuleType) -> None:
     config, tokens = SketchWalkConfig(), 4096
     state = LayerSketch(config)
