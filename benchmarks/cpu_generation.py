@@ -88,6 +88,7 @@ def main() -> None:
         "device": f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "config": SketchWalkConfig(**BASE).to_dict(),
         "block_density_note": "of the prompt, counted from the budgets at that length; sparse layers only",
         "results": rows,
     }

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("auto", "reference", "triton", "cute")
 
-# Prompt tokens below which dense attention is not slower, selector and state included. Measured: the CPU's in
-# benchmarks/results/cpu_prompt.json, CUDA's on an H100 in benchmarks/results/gpu_layer.json, against its fastest dense
-# kernel, with the selector before the present one. Other devices take CUDA's.
+# Prompt tokens below which dense attention is not slower, selector and state included. The CPU's is measured in
+# benchmarks/results/cpu_prompt.json. CUDA's is from an H100 with an earlier and slower selector; the present one was
+# measured from 65,536 tokens up (benchmarks/results/gpu_prefill.json: 3.6 times and more the fastest dense kernel), and
+# a lower crossover only from a measurement. Other devices take CUDA's.
 PREFILL_CROSSOVER = {"cpu": 1536, "cuda": 32768}
-# Cached tokens below which a decode step is not slower dense: benchmarks/results/cpu_decode.json. On a GPU the earlier
-# selector's many small launches lost to dense at every length; a step of the present one is not measured yet.
+# Cached tokens below which a decode step is not slower dense: benchmarks/results/cpu_decode.json. On a GPU steps inside
+# CUDA graphs are measured (benchmarks/results/gpu_decode.json), eager ones, which the host's launches pace, are not.
 DECODE_CROSSOVER = {"cpu": 8192, "cuda": 1 << 20}
 
 # Keys and queries from which "auto" prefers `cute` to `triton` in prefill, by major compute capability
