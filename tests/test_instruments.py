@@ -208,9 +208,8 @@ def test_xattention_sums_antidiagonals(stride: int, tokens: int) -> None:
 @pytest.mark.parametrize("reduce", ["max", "mean"])
 @pytest.mark.parametrize("head_mode", ["shared", "per_kv_head"])
 def test_block_means_are_the_coarsest_sketch(reduce: str, head_mode: str) -> None:
-    config = replace(
-        CONFIG, query_sub_block=SIZE, key_sub_block=SIZE, use_srht=False, reduce=reduce, head_mode=head_mode
-    )
+    plain = replace(CONFIG, salience=0.0, query_contrast=1.0, use_srht=False)
+    config = replace(plain, query_sub_block=SIZE, key_sub_block=SIZE, reduce=reduce, head_mode=head_mode)
     q, k, _ = qkv(2, 4, 2, 111, 8)
     assert torch.allclose(block_mean_scores(q, k, config), Sketch(config, 8)(q, k), atol=1e-6)
     later = block_mean_scores(q[:, :, -30:], k, config)

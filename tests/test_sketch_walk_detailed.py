@@ -27,6 +27,7 @@ from sketch_walk.common.core import (
 from sketch_walk.config import causal_density
 from sketch_walk.hadamard import fast_walsh_hadamard, sketch_matrix
 from sketch_walk.selection import select_blocks
+from sketch_walk.sketch import pool_sub_blocks
 from sketch_walk.walk import transition_rows
 from tensors import block_mask, layers, qkv, token_mask
 
@@ -223,8 +224,9 @@ class TestSketch:
     def test_the_unfilled_tail_never_counts(self) -> None:
         """A mean divides by the tokens that are there: one token alone is its own mean."""
         query, key, _ = qkv(1, 2, 1, 33, 32)
+        plain = {"query_sub_block": 16, "key_sub_block": 16, "salience": 0.0}
         for rule in ("peak", "mass"):
-            self.check_tail(Sketch(sparse(query_sub_block=16, key_sub_block=16, block_score=rule), 32), query, key)
+            self.check_tail(Sketch(sparse(block_score=rule, **plain), 32), query, key)
 
     @staticmethod
     def check_tail(sketch: Sketch, query: Tensor, key: Tensor) -> None:
@@ -232,6 +234,32 @@ class TestSketch:
         first, second = key[:, :, :16].mean(2), key[:, :, 16:32].mean(2)
         logits = torch.stack([first, second, key[:, :, 32]], 2) @ query[0, :, 32, :, None] / math.sqrt(32)
         torch.testing.assert_close(scores[0, 0, 2], logits.softmax(2).amax((0, 1, 3)), atol=1e-5, rtol=0)
+
+    def test_a_token_that_stands_out_weighs_more(self) -> None:
+        """Its run moves towards it as salience rises; runs without one stay near their mean."""
+        tokens = 0.01 * torch.randn(1, 1, 1, 16, 8)
+        tokens[..., 6, :] = 4.0
+        real = torch.ones(1, 1, 16, dtype=torch.bool)
+        pooled = [pool_sub_blocks(tokens, real, 4, sparse(salience=s))[0, 0, 0] for s in (0.0, 0.2, 8.0)]
+        torch.testing.assert_close(pooled[0], tokens[0, 0, 0].unflatten(0, (4, 4)).mean(1), atol=1e-6, rtol=0)
+        assert (pooled[0][1] < pooled[1][1]).all()
+        torch.testing.assert_close(pooled[2][1], tokens[0, 0, 0, 6], atol=1e-3, rtol=0)
+        torch.testing.assert_close(pooled[2][[0, 2, 3]], pooled[0][[0, 2, 3]], atol=0.02, rtol=0)
+
+    def test_contrast_multiplies_a_runs_deviation(self) -> None:
+        tokens, real = torch.randn(1, 1, 2, 32, 8), torch.ones(1, 1, 32, dtype=torch.bool)
+        tokens[..., 30:, :], real[..., 30:] = torch.nan, False
+        config = sparse(salience=0.0)
+        plain, doubled = (pool_sub_blocks(tokens, real, 4, config, contrast) for contrast in (1.0, 2.0))
+        for runs, block in ((slice(0, 4), slice(0, 16)), (slice(4, 8), slice(16, 30))):
+            centre = tokens[..., block, :].mean(3, keepdim=True)
+            twice = 2 * (plain[..., runs, :] - centre)
+            torch.testing.assert_close(doubled[..., runs, :] - centre, twice, atol=1e-5, rtol=0)
+
+    def test_single_tokens_are_not_pooled(self) -> None:
+        tokens, real = torch.randn(1, 1, 2, 32, 8), torch.ones(1, 1, 32, dtype=torch.bool)
+        pooled = pool_sub_blocks(tokens, real, 1, sparse(salience=5.0, query_sub_block=1, key_sub_block=1), 2.0)
+        torch.testing.assert_close(pooled, tokens, atol=0, rtol=0)
 
     def test_last_queries_alone(self) -> None:
         """A call of the last tokens scores as those rows of the whole call."""

@@ -62,7 +62,7 @@ def stored_codes(sketch: LayerSketch, blocks: int, width: int) -> Tensor:
 @pytest.mark.parametrize("width", [32, 17, 4])
 def test_codes_are_multiples_of_the_blocks_step(width: int) -> None:
     """One step per block and head: 3.2 root mean squares are 128 steps."""
-    config = replace(CONFIG, sketch_dim=width)
+    config = replace(CONFIG, sketch_dim=width, salience=0.0)
     query, key, value = qkv(2, 4, 2, 50, 32)
     sketch = LayerSketch(config)
     sketch_walk_attention(query, key, value, config, state=sketch)

@@ -12,6 +12,9 @@ from sketch_walk.cli import bench
 from sketch_walk.cli.settings import make_config, parse_list, parse_tokens
 from sketch_walk.complexity import ModelShape
 
+# Where a command is given neither a preset, nor a density, nor a count of blocks.
+USUAL_DENSITY = 0.2
+
 app = typer.Typer(
     help="Training-free block-sparse attention for long-context LLM inference.",
     no_args_is_help=True,
@@ -70,9 +73,7 @@ def generate(
 
     config = None
     if not dense:
-        if density is None and preset is None and top_k is None:
-            density = 0.2
-        config = make_config(preset, density, block_size, top_k, dense_below)
+        config = make_config(preset, density, block_size, top_k, dense_below, usual_density=USUAL_DENSITY)
     run_generate(
         model=model,
         prompt=read_prompt(prompt, file),
@@ -110,9 +111,7 @@ def recall(
     """Measure what a selector keeps of the exact attention, per layer and head, beside the oracle."""
     from sketch_walk.cli.recall import run_recall
 
-    if density is None and preset is None and top_k is None:
-        density = 0.2
-    config = make_config(preset, density, block_size, top_k, dense_below=0)
+    config = make_config(preset, density, block_size, top_k, dense_below=0, usual_density=USUAL_DENSITY)
     changes: dict[str, Any] = {"walk": walk, "sparsity_exponent": exponent}
     run_recall(
         model=model,

@@ -13,8 +13,11 @@ def make_config(
     block_size: int | None = None,
     top_k: int | None = None,
     dense_below: int | None = None,
+    usual_density: float | None = None,
 ) -> SketchWalkConfig:
     """A preset (default "default") with the given fields changed; a density keeps at least four blocks.
+
+    `usual_density` counts where neither a preset, nor a density, nor a count of blocks is given.
 
     Raises
     ------
@@ -23,6 +26,8 @@ def make_config(
     """
     if density is not None and top_k is not None:
         raise ValueError("--density and --top-k exclude each other: a density replaces the count of blocks")
+    if density is None and preset is None and top_k is None:
+        density = usual_density
     changes: dict[str, Any] = {
         "density": density,
         "min_blocks": None if density is None else 4,
