@@ -116,14 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     cases = ((128, 0.05, "none"), (64, 0.05, "none"), (128, 0.05, "damped"))
-    results = []
-    for block, density, walk in cases:
-        try:
-            results.append(run(args.tokens, args.chunk, block, density, walk))
-        except torch.OutOfMemoryError as error:
-            results.append({"block_size": block, "density": density, "walk": walk, "error": str(error)[:200]})
-            print(results[-1])
-        torch.cuda.empty_cache()
+    results: list[dict[str, Any]] = []
     result = {
         "what": "one layer over a long prompt in chunks; Llama-3.1-8B shape (32/8 heads x 128), bfloat16, random",
         "command": "python benchmarks/gpu_million.py " + " ".join(sys.argv[1:]),
@@ -133,8 +126,16 @@ def main() -> None:
         "kernels": available(),
         "results": results,
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for block, density, walk in cases:
+        try:
+            results.append(run(args.tokens, args.chunk, block, density, walk))
+        except torch.OutOfMemoryError as error:
+            results.append({"block_size": block, "density": density, "walk": walk, "error": str(error)[:200]})
+            print(results[-1])
+        torch.cuda.empty_cache()
+        # After every case: a run that is cut leaves those that it had.
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({**result, "results": [{k: v for k, v in r.items() if k != "chunks"} for r in results]}))
 
 
