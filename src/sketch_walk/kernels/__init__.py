@@ -187,7 +187,7 @@ def sketch_keys(
         block_size=config.block_size,
         key_sub_block=config.key_sub_block,
         step=step,
-        salience=config.salience,
+        salience=float(config.salience),
     )
 
 
@@ -215,8 +215,8 @@ def peak_scores(
         block_size=config.block_size,
         query_sub_block=config.query_sub_block,
         kept=config.kept_sub_queries(config.block_size // config.query_sub_block),
-        salience=config.salience,
-        contrast=config.query_contrast,
+        salience=float(config.salience),
+        contrast=float(config.query_contrast),
     )
     return triton_peaks.peak_scores(
         queries,
