@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from sketch_walk.cli import main
-from sketch_walk.config import SketchWalkConfig
+from sketch_walk.config import PRESETS, SketchWalkConfig
 from sketch_walk.evaluation import evaluate
 from sketch_walk.evaluation.ablation import (
     Store,
@@ -386,6 +386,14 @@ def test_the_committed_plan_asks_everything_the_page_shows() -> None:
     used = {variant.selector for group in plan.groups for variant in group.variants}
     assert {"quest", "xattention", "flexprefill", "block_means", "oracle_max", "local"} <= used
     assert all(variant.config.dense_below == 0 for group in plan.groups for variant in group.variants)
+
+
+def test_the_presets_of_the_plan_are_the_presets() -> None:
+    plan = read_plan(PROJECT / "benchmarks" / "ablations.json")
+    rows = next(group.variants for group in plan.groups if group.name == "presets")
+    assert {row.label: row.config for row in rows} == {
+        name: replace(config, dense_below=0) for name, config in PRESETS.items()
+    }
 
 
 def test_the_example_on_the_page_is_a_plan() -> None:
