@@ -254,11 +254,9 @@ def _fill(row: Row, model: PreTrainedModel, shape: HeadShape, method: Method, op
     make = _prompt if phase == "prefill" else _step
     try:
         row.error = _check(row, model, shape, method, options)
-        recorded = False
         with method.switch(record=True) if method.config is not None else nullcontext() as handle:
             if handle is not None:
                 make(model, shape, method.config, row.batch, row.tokens, options)()
-                recorded = True
                 summary = handle.summary()
                 row.block_density = summary["block_density"]
                 row.impl = "+".join(sorted({call.impl for call in handle.calls}))
@@ -266,8 +264,8 @@ def _fill(row: Row, model: PreTrainedModel, shape: HeadShape, method: Method, op
             call = make(model, shape, method.config, row.batch, row.tokens, options)
             if phase == "decode" and options.graph:
                 call = _graphed(row, call, options)
-            # A prompt that was recorded has been run once at this length.
-            warm_up = 0 if recorded and phase == "prefill" else 1
+            # A sparse prompt was run once at this length, to be recorded.
+            warm_up = 0 if method.config is not None and phase == "prefill" else 1
             row.timing = measure(call, device, options.repeats, warm_up=warm_up, flush=False)
     except UnavailableError as error:
         row.reason = str(error)

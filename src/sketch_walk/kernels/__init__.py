@@ -28,8 +28,8 @@ IMPLEMENTATIONS = ("auto", "reference", "triton", "cute")
 
 # Prompt tokens below which dense attention is not slower, selector and state included. The CPU's is measured in
 # benchmarks/results/cpu_prompt.json. CUDA's is from an H100 with an earlier and slower selector; the present one was
-# measured from 65,536 tokens up (benchmarks/results/gpu_prefill.json: 3.6 times and more the fastest dense kernel), and
-# a lower crossover only from a measurement. Other devices take CUDA's.
+# measured from 65,536 tokens up only (benchmarks/results/gpu_prefill.json: 3.5 times the fastest dense kernel and up).
+# Other devices take CUDA's.
 PREFILL_CROSSOVER = {"cpu": 1536, "cuda": 32768}
 # Cached tokens below which a decode step is not slower dense: benchmarks/results/cpu_decode.json. On a GPU steps inside
 # CUDA graphs are measured (benchmarks/results/gpu_decode.json), eager ones, which the host's launches pace, are not.

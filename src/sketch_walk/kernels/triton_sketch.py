@@ -1,4 +1,4 @@
-"""Stages 1 and 2 in Triton: sub-blocks pooled, rotated, rounded to 8 bits, in one read of the queries and keys.
+"""Stages 1 and 2 in Triton: sub-blocks pooled, rotated, rounded to 8 bits, in one kernel for queries and one for keys.
 
 Equal to `sketch_walk.sketch` (`sketch_tokens`, `quantise_keys`, `keep_salient`, `quantise_queries`) but for the
 rounding of the pooled vectors to the rotation's dtype, which may move a code by one.
@@ -278,7 +278,7 @@ def sketch_keys(
         *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience,
         BLOCK=block_size, TILE=tile, RUNS=runs, PER_BLOCK=per_block, HEAD_DIM=head_dim,
         PADDED_DIM=padded_dim(head_dim), WIDTH=width, HALF=half, PADDED_HALF=max(16, triton.next_power_of_2(half)),
-        INDEXED=layout.key_index is not None, num_warps=launch.num_warps if tile * runs >= launch.lanes else 4,
+        INDEXED=layout.key_index is not None, num_warps=launch.num_warps,
     )  # fmt: skip
 
 
@@ -316,10 +316,10 @@ def sketch_queries(
         tile, runs = _tile(per_block, rows, launch.lanes)
         _sketch_queries[(triton.cdiv(rows, tile), heads, batch)](
             query, layout.query_index, layout.past, layout.length, matrix, *packed,
-            *query.stride()[:3], rows, num_queries, salience, contrast if query_sub_block > 1 else 1.0,
+            *query.stride()[:3], rows, num_queries, salience, contrast,
             BLOCK=block_size, TILE=tile, RUNS=runs, PER_BLOCK=per_block, KEPT=kept, HEAD_DIM=head_dim,
             PADDED_DIM=padded_dim(head_dim), WIDTH=width, COLUMNS=columns, INDEXED=layout.query_index is not None,
-            num_warps=launch.num_warps if tile * runs >= launch.lanes else 4,
+            num_warps=launch.num_warps,
         )  # fmt: skip
     return packed
 
