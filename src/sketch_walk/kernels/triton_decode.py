@@ -22,6 +22,7 @@ from sketch_walk.kernels.triton_tiles import (
     device_of,
     interpreted,
     load_lanes,
+    next_power_of_2,
     padded_dim,
     product,
     unsupported,
@@ -239,7 +240,7 @@ def decode(
         device_of(query.device),
         0 if table is None else page_size or 1,
     )
-    splits = max(1, triton.cdiv(indices.shape[3], launch.blocks))
+    splits = max(1, -(-indices.shape[3] // launch.blocks))
     output = torch.empty(batch, heads, 1, head_dim, dtype=query.dtype, device=query.device)
     partial = peaks = totals = None
     if splits > 1:
@@ -251,7 +252,7 @@ def decode(
         *query.stride()[:2], *strides, *output.stride()[:2],
         *indices.stride()[:2], *counts.stride()[:2], 0 if table is None else table.stride(0),
         splits, scale * LOG2_E,
-        GROUP=group, LANES=max(16, triton.next_power_of_2(group)), BLOCK=block_size, BLOCKS=launch.blocks,
+        GROUP=group, LANES=max(16, next_power_of_2(group)), BLOCK=block_size, BLOCKS=launch.blocks,
         KEYS=launch.keys, HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=per_head,
         PAGE=0 if table is None else page_size or 1, WHOLE=splits == 1, STAGES=launch.num_stages, WIDEN=interpreted(),
         num_warps=launch.num_warps, num_stages=launch.num_stages,
@@ -260,7 +261,7 @@ def decode(
         _merge[(heads, batch)](
             partial, peaks, totals, output, counts,
             *output.stride()[:2], *counts.stride()[:2], splits,
-            GROUP=group, BLOCKS=launch.blocks, MERGED=min(MERGED, triton.next_power_of_2(splits)),
+            GROUP=group, BLOCKS=launch.blocks, MERGED=min(MERGED, next_power_of_2(splits)),
             HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=per_head, num_warps=4,
         )  # fmt: skip
     return output

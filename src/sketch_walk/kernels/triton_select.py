@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketch_walk.kernels.triton_tiles import Device, device_of
+from sketch_walk.kernels.triton_tiles import Device, device_of, next_power_of_2
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -285,13 +285,13 @@ def select_rows(
     batch, selections, rows, blocks = scores.shape
     table, counts = _page_table(scores, rows, selections, width)
     if counts.numel():
-        columns = triton.next_power_of_2(blocks)
+        columns = next_power_of_2(blocks)
         launch = launch or select_launch(columns, counts.numel(), device_of(scores.device))
         _select[(rows, selections, batch)](
             scores, first_block, length, budget, sink, local, None, table, counts,
             *scores.stride()[:3], 0, rows, selections, blocks, width, tail,
             BLOCK=block_size, PARTS=1, COLUMNS=columns, THRESHOLDS=launch.thresholds,
-            FILL=triton.next_power_of_2(width), num_warps=launch.num_warps,
+            FILL=next_power_of_2(width), num_warps=launch.num_warps,
         )  # fmt: skip
     return SelectedRows(table, counts)
 
@@ -351,12 +351,12 @@ def select_from_peaks(
     table, counts = _page_table(peaks, 1, selections, width)
     if not counts.numel():
         return ScoredRows(scores, table, counts)
-    columns = triton.next_power_of_2(blocks)
+    columns = next_power_of_2(blocks)
     launch = launch or select_launch(columns, counts.numel(), device_of(peaks.device))
     shares = scores if parts == 1 else peaks.new_empty(batch, selections, parts, blocks)
     common = {
         "BLOCK": block_size, "PARTS": parts, "COLUMNS": columns, "THRESHOLDS": launch.thresholds,
-        "FILL": triton.next_power_of_2(width),
+        "FILL": next_power_of_2(width),
     }  # fmt: skip
     _from_peaks[(selections * parts, batch)](
         peaks, length, budget, sink, local, shares, table, counts, *peaks.stride()[:2], blocks, width,
@@ -392,7 +392,7 @@ def scores_from_peaks(
         _from_peaks[(shape.selections * shape.parts, batch)](
             peaks, None, None, None, None, shares, None, None, *peaks.stride()[:2], blocks, 0,
             BLOCK=0, HEADS=shape.heads, PARTS=shape.parts, PART_HEADS=shape.part_heads, TILE=shape.tile,
-            COLUMNS=triton.next_power_of_2(blocks), THRESHOLDS=1, FILL=1, CHOOSE=False, num_warps=shape.num_warps,
+            COLUMNS=next_power_of_2(blocks), THRESHOLDS=1, FILL=1, CHOOSE=False, num_warps=shape.num_warps,
         )  # fmt: skip
     return shares if shape.parts == 1 else shares.amax(2, keepdim=True)
 
@@ -417,15 +417,15 @@ def _parts(peaks: Tensor, kv_heads: int, per_head: bool, part_heads: int | None)
     selections = kv_heads if per_head else 1
     heads = num_heads // selections
     part_heads = split_heads(heads) if part_heads is None else min(heads, max(1, part_heads))
-    columns = triton.next_power_of_2(blocks)
-    tile = max(1, min(triton.next_power_of_2(part_heads), TILE_PEAKS // columns))
+    columns = next_power_of_2(blocks)
+    tile = max(1, min(next_power_of_2(part_heads), TILE_PEAKS // columns))
     warps = min(16, max(1, tile * columns // 1024))
-    return _Parts(selections, heads, part_heads, triton.cdiv(heads, part_heads), tile, warps)
+    return _Parts(selections, heads, part_heads, -(-heads // part_heads), tile, warps)
 
 
 def split_heads(heads: int) -> int:
     """Heads of one program in a decode step: one program reads a row's 32 x 2,048 peaks too slowly alone."""
-    return min(heads, max(LEAST_PART_HEADS, triton.cdiv(heads, MOST_PARTS)))
+    return min(heads, max(LEAST_PART_HEADS, -(-heads // MOST_PARTS)))
 
 
 def _page_table(scores: Tensor, rows: int, selections: int, width: int) -> SelectedRows:

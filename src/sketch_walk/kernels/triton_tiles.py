@@ -48,9 +48,14 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least `n` (n >= 1); Triton's own, made for kernels, is slow on the host."""
+    return 1 << (n - 1).bit_length()
+
+
 def padded_dim(head_dim: int) -> int:
     """Columns of a tile: a power of two that a matrix unit takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> str | None:
