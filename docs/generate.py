@@ -3,7 +3,8 @@
     python docs/generate.py            rewrite
     python docs/generate.py --check    say which pages are stale, exit 1 if any
 
-A region lies between ``<!-- generated: NAME -->`` and ``<!-- end -->``; NAME is a function in `REGIONS`.
+A region lies between ``<!-- generated: NAME -->`` and ``<!-- end -->``; NAME is a function in `REGIONS`. The picture of
+speed-ups on a GPU is drawn anew when its curves are no longer those of the results.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from typer import Context
 from typer.models import ArgumentInfo
@@ -40,6 +41,7 @@ from sketch_walk.config import PRESETS, SketchWalkConfig, causal_density
 from sketch_walk.evaluation.ablation import read_plan
 from sketch_walk.kernels import flash_cute
 from sketch_walk.kernels.dense import FASTEST_FROM
+from sketch_walk.plots import Curve, plot_speed_up_against_length
 from sketch_walk.sketch import feature_width, payload_size
 
 PROJECT = Path(__file__).parents[1]
@@ -53,6 +55,10 @@ SPEED, DECODE, GENERATION = "cpu_prompt.json", "cpu_decode.json", "cpu_generatio
 GPU_CUTE, MEMORY, SELECTOR = "gpu_cute.json", "gpu_memory.json", "gpu_selector.json"
 # Of `sketch-walk bench attention`.
 PREFILL, TRITON, STEP, SHORT = "gpu_prefill.json", "gpu_prefill_triton.json", "gpu_decode.json", "gpu_short.json"
+CROSS, EAGER = "gpu_cross.json", "gpu_eager.json"
+# Of `sketch-walk bench model`, and of benchmarks/gpu_million.py.
+TTFT, MODEL_STEP, MILLION = "gpu_ttft.json", "gpu_step.json", "gpu_million.json"
+SPEED_UP_PICTURE = IMAGES / "gpu" / "speed-up-of-a-prompt.png"
 TASKS = ("noise", "essay", "mk4")
 LENGTHS = (4096, 32_768, 131_072)
 README_LENGTHS = (1024, 2048, 4096, 8000)
@@ -65,10 +71,31 @@ PLAIN_MEANS = {"salience": 0.0, "query_contrast": 1.0}
 README_RUNS = (BASE, {**BASE, "density": 0.1}, {**BASE, "block_size": 128})
 DENSE_NAMES = {"sdpa-flash": "SDPA flash", "sdpa-cudnn": "SDPA cuDNN", "flash-attn-4": "flash-attn-4"}
 # The launch variants of benchmarks/gpu_selector.py that the kernels take by themselves.
-SKETCH_LAUNCH, PEAK_LAUNCH = "sketch_queries, 32 lanes, 4 warps", "64x128, 4 warps, 128 registers"
-STEP_LAUNCH = "peaks, 256 sub-keys, 4 warps"
+PEAK_LAUNCH, STEP_LAUNCH = "64x128, 4 warps, 128 registers", "peaks, 256 sub-keys, 4 warps"
+# What that script times. Before key and query of a step had a kernel of their own it timed them apart.
+EARLIER_SKETCH = "sketch_queries, 32 lanes, 4 warps"
+PROMPT_STAGES = {
+    "sketch_keys": "sketch of keys",
+    EARLIER_SKETCH: "sketch of queries",
+    "sketch_queries": "sketch of queries",
+    "unpack": "unpacking of codes",
+    PEAK_LAUNCH: "peaks",
+    "call_scores": "the three before in one call",
+    "select": "selection",
+}
+STEP_STAGES = {
+    "keys": "key",
+    "queries": "query",
+    "sketch": "key and query",
+    STEP_LAUNCH: "peaks",
+    "call_scores": "scores in one call",
+    "select": "selection",
+    "step_selection": "the selector as a step runs it",
+    "layer": "whole layer",
+}
 # The kernels of `impl="cute"` were timed at this shape on this GPU (major compute capability).
 HEAD_DIM, GROUP, CAPABILITY = 128, 4, 9
+SPEED_UP_TITLE = "One layer's prompt with its selector"
 REGION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -202,7 +229,7 @@ def readme_results() -> str:
         f"Quality, dense attention of the same run in brackets. {setting(data, QUALITY)} One standard error of the "
         f"prose needles is about {100 * error:.0f} points."
     )
-    return "\n\n".join([wrapped(text), table(head, body), gpu_readme(), speed_table(README_LENGTHS)])
+    return "\n\n".join([wrapped(text), table(head, body), gpu_readme(), model_readme(), speed_table(README_LENGTHS)])
 
 
 def quality_loss() -> str:
@@ -397,17 +424,73 @@ def gpu_dense() -> str:
 
 def bench_setting(data: dict[str, Any], name: str) -> str:
     """How a file of `sketch-walk bench attention` was made."""
-    shape, options = data["shape"], data["options"]
-    packages = ("torch", "triton", *(kernel for kernel in ("flash-attn-4",) if kernel in options["baselines"]))
-    versions = ", ".join(f"{package} {data['versions'][package]}" for package in packages)
-    # Fields that a row of such a file sets, and the sketch of the full head dimension.
-    note = config_note(data["config"], ("block_size", "density", "min_blocks", "sketch_dim"))
+    shape = data["shape"]
     return (
         f"{shape['heads']}/{shape['kv_heads']} heads x {shape['head_dim']}, sketches of {data['config']['sketch_dim']} "
-        f"coordinates, {data['dtype']}; {data['device']}, {versions}; medians of {options['repeats']}, each kernel "
-        f"checked before it was timed. Random tensors: no accuracy belongs to these rows. {note}".strip()
-        + f" Source: `benchmarks/results/{name}`."
+        f"coordinates, {data['dtype']}; {data['device']}, {bench_versions(data, 'torch', 'triton')}; "
+        f"{repeats_text(data)}, each kernel checked before it was timed. Random tensors: {bench_notes(data, name)}"
     )
+
+
+def model_setting(data: dict[str, Any]) -> str:
+    """The model, device and versions of a file of `sketch-walk bench model`."""
+    made, config = data["model"]["random_llama"], data["config"]
+    return (
+        f"a Llama of random weights ({made['layers']} layers, {made['heads']}/{made['kv_heads']} heads x "
+        f"{made['head_dim']}, hidden {made['hidden']:,}, MLP {made['mlp']:,}, vocabulary {made['vocab']:,}), "
+        f"{data['dtype']}, the first {config['skip_first_n_layers']} layers dense, sketches of {config['sketch_dim']} "
+        f"coordinates; {data['device']}, {bench_versions(data, 'torch', 'triton', 'transformers')}"
+    )
+
+
+def bench_versions(data: dict[str, Any], *packages: str) -> str:
+    """Versions of `packages`, and of flash-attn-4 where it was a baseline."""
+    timed = (kernel for kernel in ("flash-attn-4",) if kernel in data["options"]["baselines"])
+    return ", ".join(f"{package} {data['versions'][package]}" for package in (*packages, *timed))
+
+
+def repeats_text(data: dict[str, Any]) -> str:
+    """What a time of a bench file is."""
+    repeats = data["options"]["repeats"]
+    return "a single run of each" if repeats == 1 else f"medians of {repeats}"
+
+
+def bench_notes(data: dict[str, Any], name: str) -> str:
+    """What the rows of a bench file do not say: quality, another default, and the file."""
+    # Fields that a row of such a file sets, and the sketch of the full head dimension.
+    note = config_note(data["config"], ("block_size", "density", "min_blocks", "sketch_dim"))
+    timed = [(row["block_size"], row["density"]) for row in data["results"] if row["kind"] in ("layer", "model")]
+    parts = ("no accuracy belongs to these rows.", quality_note(timed), note, f"Source: `benchmarks/results/{name}`.")
+    return " ".join(filter(None, parts))
+
+
+def quality_note(timed: Iterable[tuple[int, float]]) -> str:
+    """Which of some settings, each a block size and a density, have their quality in `QUALITY`, and which have not."""
+    fields_read = {"block_size", "density", "min_blocks"}
+    configs = [row["config"] for row in quality()[1] if row["config"].keys() <= fields_read]
+    block = SketchWalkConfig().block_size
+    reported = {(config.get("block_size", block), config["density"]) for config in configs}
+    named: dict[bool, list[str]] = {}
+    for setting in dict.fromkeys(timed):
+        named.setdefault(setting in reported, []).append("block {} at density {:g}".format(*setting))
+    if not named:
+        return ""
+    known, unknown = (", ".join(named.get(there, [])) for there in (True, False))
+    if not known:
+        return f"`{QUALITY}` does not have the quality of {unknown}."
+    return f"`{QUALITY}` has the quality of {known}{', not of ' if unknown else ''}{unknown}."
+
+
+def beside_dense(data: dict[str, Any], kind: str) -> Iterable[tuple[dict[str, Row], Row]]:
+    """Every row of `kind` in a bench file, after the dense rows of its size by kernel."""
+
+    def size(row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("phase", "batch", "tokens", "graph"))
+
+    for row in data["results"]:
+        if row["kind"] == kind:
+            same = (other for other in data["results"] if other["kind"] == "dense" and size(other) == size(row))
+            yield {other["method"]: other for other in same}, row
 
 
 def layer_rows(data: dict[str, Any]) -> Iterable[tuple[dict[str, Row], Row, Row]]:
@@ -499,15 +582,12 @@ def gpu_short() -> str:
     """Region: what the automatic path takes for prompts below the crossover."""
     data = required(SHORT)
     body = []
-    for row in data["results"]:
-        if row["kind"] != "automatic":
-            continue
-        dense = {r["method"]: r for r in data["results"] if r["kind"] == "dense" and r["tokens"] == row["tokens"]}
+    for dense, row in beside_dense(data, "automatic"):
         body.append(
             [
                 f"{row['tokens']:,}",
                 *(f"{dense[name]['median_ms']:.3f}" for name in data["options"]["baselines"]),
-                f"{row['median_ms']:.3f} ({row['low_ms']:.3f} to {row['high_ms']:.3f})",
+                quartiles(row),
                 row["impl"],
                 f"{row['over_fastest_dense']:.2f}×",
             ]
@@ -518,6 +598,380 @@ def gpu_short() -> str:
     return wrapped(text) + "\n\n" + table(head, body, left=0)
 
 
+def quartiles(row: Row, digits: int = 3) -> str:
+    """A median with its quartiles."""
+    return f"{row['median_ms']:.{digits}f} ({row['low_ms']:.{digits}f} to {row['high_ms']:.{digits}f})"
+
+
+def gpu_cross() -> str:
+    """Region: prompts of one layer around the length from which sparse attention is faster, and a picture."""
+    data = required(CROSS)
+    baselines = data["options"]["baselines"]
+    body = [
+        [
+            f"{row['tokens']:,}",
+            str(row["block_size"]),
+            f"{row['block_density']:.3f}",
+            *(f"{dense[name]['median_ms']:.3f}" for name in baselines),
+            quartiles(row),
+            f"`{row['impl']}`",
+            f"{row['over_fastest_dense']:.2f}×",
+        ]
+        for dense, row in beside_dense(data, "layer")
+    ]
+    text = f"Milliseconds of device time of one layer's prompt, {bench_setting(data, CROSS)}"
+    names = (DENSE_NAMES[name] for name in baselines)
+    head = ("tokens", "block", "block density", *names, "layer (quartiles)", "attention by", "over the fastest dense")
+    automatic = f"The automatic path is sparse from {kernels.PREFILL_CROSSOVER['cuda']:,} tokens on."
+    caption = (
+        f"The same figures, and beyond them those of `benchmarks/results/{PREFILL}`, which is another run; each is "
+        "divided by the fastest dense kernel of its own run:"
+    )
+    picture = f"![{SPEED_UP_TITLE}]({SPEED_UP_PICTURE.relative_to(PROJECT / 'docs').as_posix()})"
+    return "\n\n".join([wrapped(text), table(head, body, left=0), automatic, wrapped(caption), picture])
+
+
+def speed_up_curves() -> dict[str, Curve]:
+    """How many times faster than the fastest dense kernel a layer's prompt is, by setting, over the length."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name in (CROSS, PREFILL):
+        for _, row in beside_dense(required(name), "layer"):
+            label = f"block {row['block_size']}, density {row['density']}"
+            points.setdefault(label, []).append((row["tokens"], row["over_fastest_dense"]))
+    return {label: Curve(*zip(*sorted(pairs), strict=True)) for label, pairs in points.items()}
+
+
+def speed_up_is_drawn() -> bool:
+    """Whether the picture of `gpu_cross` is there and shows the curves of today's results."""
+    from PIL import Image
+
+    if not SPEED_UP_PICTURE.is_file():
+        return False
+    with Image.open(SPEED_UP_PICTURE) as picture:
+        return bool(picture.info.get("curves") == json.dumps(speed_up_curves()))
+
+
+def draw_speed_up() -> None:
+    """Draw the picture of `gpu_cross`, with its curves as text inside the file."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    curves = speed_up_curves()
+    plot_speed_up_against_length(
+        SPEED_UP_PICTURE,
+        curves,
+        over="the fastest dense kernel",
+        title=f"{SPEED_UP_TITLE}, {required(PREFILL)['device']}",
+    )
+    inside = PngInfo()
+    inside.add_text("curves", json.dumps(curves))
+    with Image.open(SPEED_UP_PICTURE) as picture:
+        picture.save(SPEED_UP_PICTURE, pnginfo=inside, dpi=picture.info["dpi"])
+
+
+def gpu_eager() -> str:
+    """Region: a decode step of one layer out of a CUDA graph, and the same inside one where that was timed."""
+    data, graphs = required(EAGER), required(STEP)
+    assert not any(row["graph"] for row in data["results"])
+    names = ("batch", "tokens", "block_size", "density")
+    inside = {tuple(row[name] for name in names): row for _, row in beside_dense(graphs, "layer")}
+    baselines = data["options"]["baselines"]
+    body = []
+    for dense, row in beside_dense(data, "layer"):
+        graph = inside.get(tuple(row[name] for name in names))
+        body.append(
+            [
+                str(row["batch"]),
+                f"{row['tokens']:,}",
+                str(row["block_size"]),
+                f"{row['block_density']:.3f}",
+                *(quartiles(dense[name]) for name in baselines),
+                quartiles(row),
+                f"{row['over_fastest_dense']:.2f}×",
+                "" if graph is None else f"{graph['median_ms']:.3f}",
+            ]
+        )
+    text = (
+        f"Milliseconds of one layer's decode step out of a CUDA graph, quartiles in brackets, "
+        f"{bench_setting(data, EAGER)} The last column is from `benchmarks/results/{STEP}`, another run."
+    )
+    head = (
+        "batch", "tokens", "block", "block density", *(DENSE_NAMES[name] for name in baselines), "step",
+        "dense / step", "the step in a CUDA graph",
+    )  # fmt: skip
+    automatic = f"The automatic path is dense below {kernels.DECODE_CROSSOVER['cuda']:,} cached tokens."
+    return "\n\n".join([wrapped(text), table(head, body, left=0), automatic])
+
+
+def model_table(data: dict[str, Any], unit: float, digits: int) -> str:
+    """Dense and sparse times of a whole model, in units of `unit` milliseconds."""
+    baselines = data["options"]["baselines"]
+    body = [
+        [
+            str(row["batch"]),
+            f"{row['tokens']:,}",
+            str(row["block_size"]),
+            f"{row['block_density']:.3f}",
+            *(f"{dense[name]['median_ms'] / unit:.{digits}f}" for name in baselines),
+            f"{row['median_ms'] / unit:.{digits}f}",
+            row["impl"].replace("+", ", "),
+            f"{row['over_flash']:.2f}×",
+            f"{row['over_fastest_dense']:.2f}×",
+        ]
+        for dense, row in beside_dense(data, "model")
+    ]
+    names = (DENSE_NAMES[name] for name in baselines)
+    head = (
+        "batch", "tokens", "block", "block density of sparse layers", *names, "sparse", "what ran",
+        "over SDPA flash", "over the fastest dense",
+    )  # fmt: skip
+    return table(head, body, left=0)
+
+
+def gpu_ttft() -> str:
+    """Region: time to the first token of a whole model."""
+    data = required(TTFT)
+    text = (
+        f"Seconds from a prompt to its first token: {model_setting(data)}; {repeats_text(data)}, each method checked "
+        f"before it was timed. Random weights: {bench_notes(data, TTFT)}"
+    )
+    return wrapped(text) + "\n\n" + model_table(data, 1e3, 2)
+
+
+def gpu_step() -> str:
+    """Region: a decode step of a whole model, in a CUDA graph."""
+    data = required(MODEL_STEP)
+    assert all(row["graph"] for row in data["results"])
+    text = (
+        f"Milliseconds of a decode step in a CUDA graph, after a static cache filled at random: {model_setting(data)}; "
+        f"{repeats_text(data)}, each method checked before it was timed. Random weights: "
+        f"{bench_notes(data, MODEL_STEP)}"
+    )
+    return wrapped(text) + "\n\n" + model_table(data, 1.0, 2)
+
+
+def model_readme() -> str:
+    """A whole model on a GPU in few columns."""
+    body: list[list[str]] = []
+    timed: list[tuple[int, float]] = []
+    for name, call in ((TTFT, "first token of a prompt"), (MODEL_STEP, "decode step in a CUDA graph")):
+        data = required(name)
+        for dense, row in beside_dense(data, "model"):
+            timed.append((row["block_size"], row["density"]))
+            body.append(
+                [
+                    call,
+                    f"{row['tokens']:,}" if row["batch"] == 1 else f"{row['tokens']:,} × {row['batch']}",
+                    str(row["block_size"]),
+                    percent(row["block_density"]),
+                    f"{dense['sdpa-flash']['median_ms']:,.1f}",
+                    f"{dense[row['fastest_dense']]['median_ms']:,.1f}",
+                    f"{row['median_ms']:,.1f}",
+                    f"{row['over_flash']:.2f}×",
+                    f"{row['over_fastest_dense']:.2f}×",
+                ]
+            )
+    first, steps = (repeats_text(required(name)) for name in (TTFT, MODEL_STEP))
+    text = (
+        f"A whole model on a GPU, milliseconds: {model_setting(required(TTFT))}; each method checked before it was "
+        f"timed. First tokens: {first}; steps: {steps}. Blocks read are those of the sparse layers. Random weights: no accuracy belongs to these rows. {quality_note(timed)} "
+        f"Sources: `benchmarks/results/{TTFT}`, `benchmarks/results/{MODEL_STEP}`."
+    )
+    times = ("SDPA flash", "fastest dense kernel", "sparse", "over SDPA flash", "over the fastest")
+    return wrapped(text) + "\n\n" + table(("call", "tokens", "block", "blocks read", *times), body)
+
+
+def gpu_million() -> str:
+    """Region: a very long prompt in chunks, and what a token costs along it."""
+    data = required(MILLION)
+    runs = data["results"]
+    chunk = runs[0]["chunk"]
+    # Chunks that end at powers of two, and the last whole one.
+    whole = [part["stop"] for part in runs[0]["chunks"] if part["tokens"] == chunk]
+    ends = [stop for stop in whole if (stop // chunk).bit_count() == 1 or stop == whole[-1]]
+    totals, costs = [], []
+    for run in runs:
+        assert run["chunk"] == chunk
+        label = [str(run["block_size"]), f"`{run['walk']}`"]
+        last = run["chunks"][-1]
+        totals.append(
+            [
+                *label,
+                f"{last['block_density']:.3f}",
+                f"{run['total_ms']:,.0f}",
+                percent(run["selector_share"]),
+                f"{run['cost_growth']:.2f}×",
+                f"{run['position_growth']:.2f}×",
+                *(percent(run["state_share"][part]) for part in ("keys", "rows")),
+                f"{run['peak_gb']:.1f} GB",
+            ]
+        )
+        cost = {part["stop"]: part["us_per_token"] for part in run["chunks"]}
+        costs.append([*label, *(f"{cost[stop]:.3f}" for stop in ends)])
+    (tokens,) = {run["tokens"] for run in runs}
+    densities = ", ".join(dict.fromkeys(f"{run['density']:g}" for run in runs))
+    note = quality_note((run["block_size"], run["density"]) for run in runs)
+    text = (
+        f"{data['what'][0].upper()}{data['what'][1:]}; {tokens:,} tokens in chunks of {chunk:,}, density {densities}; "
+        f"{data['device']}, torch {data['torch']}, triton {data['triton']}. Milliseconds of device time; no accuracy "
+        f"belongs to these rows. {note} Source: `benchmarks/results/{MILLION}`."
+    )
+    head = (
+        "block", "walk", "block density at the end", "whole prompt", "of it sketches and scores",
+        "a token's cost grows", "its position grows", "key sketches, of the KV cache", "transition rows, of it",
+        "peak of memory",
+    )  # fmt: skip
+    between = "Microseconds a token, by the position at which its chunk ends:"
+    parts = [wrapped(text), table(head, totals, left=0), between]
+    parts += [table(("block", "walk", *(f"{stop:,}" for stop in ends)), costs, left=0), *_walk_cost(runs)]
+    return "\n\n".join(parts)
+
+
+def _walk_cost(runs: Sequence[Row]) -> Iterable[str]:
+    """A sentence for every run with a walk: what it took above the same run without one."""
+    for run in runs:
+        settings = ("tokens", "chunk", "block_size", "density")
+        plain = [other for other in runs if other["walk"] == "none" and all(other[k] == run[k] for k in settings)]
+        if run["walk"] == "none" or not plain:
+            continue
+        yield wrapped(
+            f"With blocks of {run['block_size']} the prompt took {percent(run['total_ms'] / plain[0]['total_ms'] - 1)} "
+            f"longer with the {run['walk']} walk than without."
+        )
+
+
+def span(values: Iterable[float]) -> str:
+    """The least and the greatest of some factors."""
+    texts = sorted({f"{value:.2f}" for value in values}, key=float)
+    return f"{texts[0]}× to {texts[-1]}×" if len(texts) > 1 else f"{texts[0]}×"
+
+
+def gpu_summary() -> str:
+    """Region: speed-ups over the fastest dense kernel, a line a call."""
+    calls = (
+        (PREFILL, "layer", "one layer's prompt"),
+        (STEP, "layer", "one layer's decode step in a CUDA graph"),
+        (TTFT, "model", "first token of a whole model"),
+        (MODEL_STEP, "model", "decode step of a whole model in a CUDA graph"),
+    )
+    lines = []
+    for name, kind, what in calls:
+        by_batch: dict[int, list[Row]] = {}
+        for _, row in beside_dense(required(name), kind):
+            by_batch.setdefault(row["batch"], []).append(row)
+        for batch, rows in by_batch.items():
+            lengths = " and ".join(dict.fromkeys(thousands(row["tokens"]) for row in rows))
+            factors = ", ".join(
+                f"{span(row['over_fastest_dense'] for row in rows if row['density'] == density)} at density {density:g}"
+                for density in dict.fromkeys(row["density"] for row in rows)
+            )
+            line = f"- {what}, {lengths} tokens, batch {batch}: {factors}"
+            lines.append(textwrap.fill(line, width=120, subsequent_indent="  "))
+    text = f"Speed-up over the fastest dense kernel of the same run, selector included, {required(PREFILL)['device']}:"
+    return "\n\n".join([text, "\n".join(lines)])
+
+
+class Aim(NamedTuple):
+    """A promised speed-up: the case, its rows in a bench file, and the least factors."""
+
+    case: str
+    file: str
+    rows: dict[str, Any]
+    over_flash: float | None
+    over_fastest_dense: float | None
+
+
+LAYER, MODEL = {"kind": "layer"}, {"kind": "model"}
+AIMS = (
+    Aim("prompt of 64K", PREFILL, {**LAYER, "tokens": 65_536, "density": 0.2, "block_size": 128}, 8, 3.7),
+    Aim("prompt of 128K", PREFILL, {**LAYER, "tokens": 131_072, "density": 0.2, "block_size": 128}, 8.5, 4),
+    Aim("prompt of 128K", PREFILL, {**LAYER, "tokens": 131_072, "density": 0.2, "block_size": 64}, 7, 3.3),
+    Aim("prompt of 128K", PREFILL, {**LAYER, "tokens": 131_072, "density": 0.05, "block_size": 128}, 26, 12.5),
+    Aim("prompt of 128K, Triton only", TRITON, {**LAYER, "tokens": 131_072, "density": 0.2}, 5.5, None),
+    Aim("step at 128K, batch 8", STEP, {**LAYER, "tokens": 131_072, "batch": 8, "density": 0.1}, None, 6),
+    Aim("step at 128K, batch 8", STEP, {**LAYER, "tokens": 131_072, "batch": 8, "density": 0.05}, None, 8),
+    Aim("step at 128K, batch 1", STEP, {**LAYER, "tokens": 131_072, "batch": 1, "density": 0.1}, None, 3.5),
+    Aim("first token, whole model, 128K", TTFT, {**MODEL, "tokens": 131_072, "density": 0.2}, 3, 1.8),
+    Aim("first token, whole model, 128K", TTFT, {**MODEL, "tokens": 131_072, "density": 0.05}, 3.5, 2.2),
+    Aim("step, whole model, 128K, batch 2", MODEL_STEP, {**MODEL, "tokens": 131_072, "density": 0.1}, None, 1.7),
+)
+# Most of the attention that a prompt's selector may take by density, and least of the fastest dense kernel's speed that
+# a short prompt may have; most of the KV cache that the state may take at 128K, and that a decode step may read of it.
+SELECTOR_SHARE = {0.2: 0.10, 0.05: 0.25}
+SHORT_SPEED, STATE_SHARE, STEP_SHARE = 0.97, 0.08, 0.02
+
+
+def judged(text: str, met: bool) -> str:
+    """In bold what misses its aim."""
+    return text if met else f"**{text}**"
+
+
+def gpu_aims() -> str:
+    """Region: what was asked for and what was measured; what is missed in bold."""
+    speeds = []
+    for aim in AIMS:
+        rows = [row for row in required(aim.file)["results"] if aim.rows.items() <= row.items()]
+        assert rows, f"{aim.file} has no row for {aim}"
+        for row in rows:
+            cells = []
+            for field in ("over_flash", "over_fastest_dense"):
+                least = getattr(aim, field)
+                cells += [f"{least:g}×", judged(f"{row[field]:.2f}×", row[field] >= least)] if least else ["", ""]
+            speeds.append([aim.case, str(row["block_size"]), f"{row['density']:g}", *cells])
+    others = [
+        *_selector_aims(),
+        *(
+            (
+                f"automatic path, prompt of {row['tokens']:,}, of the fastest dense kernel's speed",
+                f"at least {SHORT_SPEED:g}",
+                judged(f"{row['over_fastest_dense']:.2f}", row["over_fastest_dense"] >= SHORT_SPEED),
+            )
+            for _, row in beside_dense(required(SHORT), "automatic")
+        ),
+        *(
+            (
+                f"{run['tokens']:,} tokens, block {run['block_size']}, walk `{run['walk']}`: growth of a token's cost",
+                f"at most {run['position_growth']:.2f}×, as its position",
+                judged(f"{run['cost_growth']:.2f}×", run["cost_growth"] <= run["position_growth"]),
+            )
+            for run in required(MILLION)["results"]
+        ),
+        *_state_aims(),
+    ]
+    measured = ("over SDPA flash, asked for", "measured", "over the fastest dense, asked for", "measured")
+    return "\n\n".join(
+        [
+            table(("case", "block", "density", *measured), speeds),
+            table(("aim", "asked for", "measured"), others),
+        ]
+    )
+
+
+def _selector_aims() -> Iterable[tuple[str, str, str]]:
+    for _, attention, layer in layer_rows(required(PREFILL)):
+        if layer["density"] not in SELECTOR_SHARE:
+            continue
+        share, most = layer["median_ms"] / attention["median_ms"] - 1, SELECTOR_SHARE[layer["density"]]
+        case = f"prompt of {thousands(layer['tokens'])}, block {layer['block_size']}, density {layer['density']:g}"
+        yield (
+            f"{case}: selector, of the attention",
+            f"at most {most:.0%}".replace("%", " %"),
+            judged(percent(share), share <= most),
+        )
+
+
+def _state_aims() -> Iterable[tuple[str, str, str]]:
+    config, tokens = SketchWalkConfig(sketch_dim=HEAD_DIM), 131_072
+    memory = count_memory(tokens, config, ModelShape())
+    read_share = step_bytes(tokens, config, ModelShape()) / memory.kv_cache
+    for what, most, share in (
+        ("kept beside the KV cache", STATE_SHARE, memory.state_share),
+        ("read of it by a decode step", STEP_SHARE, read_share),
+    ):
+        asked = f"at most {most:.0%} of the KV cache".replace("%", " %")
+        yield f"state at 128K, sketches of {HEAD_DIM} coordinates, {what}", asked, judged(percent(share), share <= most)
+
+
 def gpu_selector() -> str:
     """Region: stages of the selector as the kernels run by themselves, then other ways to launch them."""
     data = required(SELECTOR)
@@ -526,31 +980,35 @@ def gpu_selector() -> str:
         f"Milliseconds of device time: {data['what']}; {checked}. {data['device']}, torch {data['torch']}, triton "
         f"{data['triton']}. Source: `benchmarks/results/{SELECTOR}`."
     )
+    prompt_stages = _timed_stages(PROMPT_STAGES, data["prefill"][0]["ms"])
+    step_stages = _timed_stages(STEP_STAGES, data["decode"][0]["graph_ms"])
     prompts, steps = [], []
     for row in data["prefill"]:
         ms = row["ms"]
-        names = ("sketch_keys", SKETCH_LAUNCH, "unpack", PEAK_LAUNCH, "call_scores", "select")
         whole = sum(ms[name] for name in ("sketch_keys", "call_scores", "select"))
-        times = (f"{value:.2f}" for value in (*(ms[name] for name in names), whole))
+        times = (f"{value:.2f}" for value in (*(ms[name] for name in prompt_stages), whole))
         prompts.append([f"{row['tokens']:,}", str(row["block_size"]), *times])
     for row in data["decode"]:
-        names = ("keys", "queries", STEP_LAUNCH, "call_scores", "select", "step_selection", "layer")
-        times = (f"{row['graph_ms'][name]:.4f}" for name in names)
+        times = (f"{row['graph_ms'][name]:.4f}" for name in step_stages)
         steps.append([str(row["batch"]), f"{row['tokens']:,}", str(row["block_size"]), *times])
-    stages = ("sketch of keys", "sketch of queries", "unpacking of codes", "peaks", "the three before in one call")
-    head = ("tokens", "block", *stages, "selection", "keys, scores and selection")
-    step_head = ("key", "query", "peaks", "scores in one call", "selection", "scores and selection", "whole layer")
+    head = ("tokens", "block", *prompt_stages.values(), "keys, scores and selection")
+    before = ["**Measured with the sketch kernels before today's.**"] if EARLIER_SKETCH in prompt_stages else []
     return "\n\n".join(
         [
-            wrapped(text),
+            wrapped(" ".join([*before, text])),
             table(head, prompts, left=0),
             "A decode step, in a CUDA graph:",
-            table(("batch", "tokens", "block", *step_head), steps, left=0),
-            "Other ways to launch the kernels; **bold** is what runs:",
-            _variants("prompt", data["prefill"], "ms", ("sketch_queries", "64x", "128x"), 2),
+            table(("batch", "tokens", "block", *step_stages.values()), steps, left=0),
+            "Other ways to launch the peaks; **bold** is what runs:",
+            _variants("prompt", data["prefill"], "ms", ("64x", "128x"), 2),
             _variants("decode step", data["decode"], "graph_ms", ("peaks",), 4),
         ]
     )
+
+
+def _timed_stages(stages: dict[str, str], times: Row) -> dict[str, str]:
+    """Those of `stages` that a file has timed."""
+    return {name: label for name, label in stages.items() if name in times}
 
 
 def _variants(call: str, rows: Sequence[Row], times: str, starts: tuple[str, ...], digits: int) -> str:
@@ -559,8 +1017,8 @@ def _variants(call: str, rows: Sequence[Row], times: str, starts: tuple[str, ...
     for name in rows[0][times]:
         if name.startswith(starts):
             values = (row[times][name] for row in rows)
-            label = f"peaks, {name}" if name[0].isdigit() else name.replace("sketch_queries", "sketch of queries")
-            label = f"**{label}**" if name in (SKETCH_LAUNCH, PEAK_LAUNCH, STEP_LAUNCH) else label
+            label = name.removeprefix("peaks, ")
+            label = f"**{label}**" if name in (PEAK_LAUNCH, STEP_LAUNCH) else label
             body.append([label, *(v if isinstance(v, str) else f"{v:.{digits}f}" for v in values)])
     batches = [f"batch {row['batch']}, " if "batch" in row else "" for row in rows]
     sizes = [f"{row['tokens']:,} tokens, block {row['block_size']}" for row in rows]
@@ -578,12 +1036,46 @@ def gpu_memory() -> str:
     shape, versions = data["shape"], data["versions"]
     text = (
         f"Bytes of one layer and one sequence, {shape['heads']}/{shape['kv_heads']} heads x {shape['head_dim']}, "
-        f"{data['dtype']}; {data['device']}, torch {versions['torch']}. `{data['command']}`. "
-        f"Source: `benchmarks/results/{MEMORY}`."
+        f"{data['dtype']}, density {', '.join(map(str, data['options']['densities']))}; {data['device']}, torch "
+        f"{versions['torch']}. `{data['command']}`. Source: `benchmarks/results/{MEMORY}`."
     )
     rows = [row for row in data["results"] if "peak_bytes" in row]
-    parts = [wrapped(text), "### Estimate and truth, after a prompt", _founding_table(rows), "### Peak of one call"]
-    return "\n\n".join([*parts, _peak_table(rows)])
+    absent = _absent(data["options"], rows)
+    return "\n\n".join(
+        [
+            wrapped(text),
+            "### Estimate and truth, after a prompt",
+            _founding_table(rows),
+            _walk_bytes(rows),
+            "### Peak of one call",
+            *([wrapped(f"The run ended before it had metered: {'; '.join(absent)}.")] if absent else []),
+            _peak_table(rows),
+        ]
+    )
+
+
+def _walk_bytes(rows: Sequence[Row]) -> str:
+    """What a walk would add to the lengths that were metered, by counting."""
+    kept = []
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        memory = count_memory(tokens, SketchWalkConfig(walk="damped"), ModelShape())
+        kept.append(f"{bytes_text(memory.transition_rows)} at {tokens:,}")
+    return wrapped(
+        f"Metered without a walk. With one, and blocks of {SketchWalkConfig().block_size}, its transition rows would "
+        f"stay too, by counting: {', '.join(kept)} tokens."
+    )
+
+
+def _absent(options: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """What was to be metered and is not in the file."""
+    met = {(row["phase"], row["tokens"], row["kind"]) for row in rows}
+    return [
+        f"{phase}, {tokens:,} tokens, {kind}"
+        for phase in options["phases"]
+        for tokens in options["tokens"]
+        for kind in ("dense", *options["kinds"])
+        if (phase, tokens, kind) not in met
+    ]
 
 
 def _founding_table(rows: Sequence[Row]) -> str:
@@ -594,32 +1086,45 @@ def _founding_table(rows: Sequence[Row]) -> str:
         state, estimate = row["state_bytes"], founding_bytes(row["tokens"])
         pairs = (
             (estimate["qkv"], row["qkv_bytes"]),
-            (estimate["block_means"] + estimate["sketches"], state["keys"]),
+            (estimate["block_means"], 0),
+            (estimate["sketches"], state["keys"]),
             (estimate["walk"], state["rows"] + row["walk_bytes"]),
         )
-        cells = [f"{bytes_text(promised)} / {bytes_text(real)}" for promised, real in pairs]
-        share = percent(row["state_share"])
-        body.append([f"{row['tokens']:,}", str(row["block_size"]), *cells, bytes_text(state["queries"]), share])
-    head = ("Q, K and V", "block means and sketches", "walk", "recent queries", "state, of the KV cache")
+        together = [sum(column) for column in zip(*pairs[1:], strict=True)]
+        cells = [f"{bytes_text(estimated)} / {bytes_text(real)}" for estimated, real in (*pairs, together)]
+        shares = (f"{percent(part / whole)}" for part, whole in zip(together, pairs[0], strict=True))
+        kept = (bytes_text(state["queries"]), f"{bytes_text(sum(state.values()))} ({percent(row['state_share'])})")
+        body.append([f"{row['tokens']:,}", str(row["block_size"]), *cells, " / ".join(shares), *kept])
+    head = (
+        "Q, K and V", "block means", "sketches", "walk, block scores", "the last three", "of Q, K and V",
+        "recent queries", "stays (of the KV cache)",
+    )  # fmt: skip
     return table(("tokens", "block", *head), body, left=0)
 
 
 def _peak_table(rows: Sequence[Row]) -> str:
-    body = [
-        [
-            row["phase"],
-            row["method"] if row.get("impl", row["method"]) == row["method"] else f"{row['method']} ({row['impl']})",
-            row["kind"],
-            f"{row['tokens']:,}",
-            str(row.get("block_size", "")),
-            bytes_text(row["peak_bytes"]),
-            bytes_text(row["output_bytes"]),
-            bytes_text(sum(row.get("state_bytes", {}).values())),
-        ]
-        for row in rows
-    ]
-    head = ("phase", "method", "what", "tokens", "block", "peak above the inputs", "output", "state")
-    return table(head, body, left=3)
+    def case(row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in ("phase", "tokens", "method", "block_size", "density"))
+
+    attention = {case(row): row["peak_bytes"] for row in rows if row["kind"] == "attention"}
+    body = []
+    for row in rows:
+        own = row.get("impl", row["method"]) == row["method"]
+        alone = attention.get(case(row)) if row["kind"] == "layer" else None
+        body.append(
+            [
+                row["phase"],
+                row["method"] if own else f"{row['method']} ({row['impl']})",
+                row["kind"],
+                f"{row['tokens']:,}",
+                str(row.get("block_size", "")),
+                *(f"{row[name] / 1e6:,.2f}" for name in ("peak_bytes", "output_bytes")),
+                f"{sum(row['state_bytes'].values()) / 1e6:,.2f}" if "state_bytes" in row else "",
+                "" if alone is None else percent(1 - alone / row["peak_bytes"]),
+            ]
+        )
+    right = ("tokens", "block", "peak above the inputs, MB", "output, MB", "state, MB", "selector, of the peak")
+    return table(("phase", "method", "what", *right), body, left=3)
 
 
 def cpu_decode() -> str:
@@ -997,6 +1502,13 @@ REGIONS: dict[str, Callable[[], str]] = {
     "gpu-decode": gpu_decode,
     "gpu-selector": gpu_selector,
     "gpu-short": gpu_short,
+    "gpu-cross": gpu_cross,
+    "gpu-eager": gpu_eager,
+    "gpu-ttft": gpu_ttft,
+    "gpu-step": gpu_step,
+    "gpu-million": gpu_million,
+    "gpu-summary": gpu_summary,
+    "gpu-aims": gpu_aims,
     "gpu-memory": gpu_memory,
     "cpu-decode": cpu_decode,
     "generation": generation,
@@ -1046,6 +1558,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not check:
             page.write_text(new, encoding="utf-8")
         print(f"{page.relative_to(PROJECT)}: {'stale; run make docs' if check else 'rewritten'}")
+    if not speed_up_is_drawn():
+        stale += 1
+        if not check:
+            draw_speed_up()
+        print(f"{SPEED_UP_PICTURE.relative_to(IMAGES)}: {'stale; run make docs' if check else 'drawn'}")
     return 1 if check and stale else 0
 
 

@@ -181,17 +181,189 @@ def test_a_layer_on_a_gpu_is_divided_by_what_was_timed_beside_it(generate: Modul
     assert len(cells_of(generate.gpu_readme())) == len(cells_of(generate.gpu_prefill()))
 
 
+def cells_after(text: str) -> list[list[str]]:
+    """Rows of the first table in `text`, without its heading."""
+    return cells_of("\n".join(line for line in text.partition("| --")[2].partition("\n\n")[0].splitlines()[1:]))
+
+
+@pytest.mark.parametrize(
+    ("region", "name", "unit"), [("gpu-ttft", "TTFT", 1e3), ("gpu-step", "MODEL_STEP", 1.0)], ids=["ttft", "step"]
+)
+def test_a_whole_model_stands_beside_the_dense_times_of_its_run(
+    generate: ModuleType, region: str, name: str, unit: float
+) -> None:
+    data = generate.required(getattr(generate, name))
+    text = generate.REGIONS[region]()
+    models = [row for row in data["results"] if row["kind"] == "model"]
+    rows = cells_after(text)
+    assert len(rows) == len(models) > 0
+    for cells, row in zip(rows, models, strict=True):
+        batch, tokens, block, density, *times, ran, over_flash, over_fastest = cells
+        assert (batch, tokens, block) == (str(row["batch"]), f"{row['tokens']:,}", str(row["block_size"]))
+        assert float(density) == pytest.approx(row["block_density"], abs=6e-4)
+        *dense, own = map(float, times)
+        assert len(dense) == len(data["options"]["baselines"]) > 1
+        assert own * unit == pytest.approx(row["median_ms"], rel=0.01)
+        assert float(over_flash) == pytest.approx(dense[0] / own, abs=0.02)
+        assert float(over_fastest) == pytest.approx(min(dense) / own, abs=0.02)
+        assert set(ran.split(", ")) == set(row["impl"].split("+"))
+    flat = " ".join(text.split())
+    assert "Random weights: no accuracy belongs to these rows." in flat
+    assert f"`{generate.QUALITY}`" in flat
+    readme = " ".join(generate.model_readme().split())
+    assert all(f"{row['over_fastest_dense']:.2f}×" in readme for row in models)
+
+
+def test_layers_around_the_crossovers_stand_beside_the_fastest_dense_kernel(generate: ModuleType) -> None:
+    for region, name, dense_columns in (("gpu-cross", generate.CROSS, (3, 5)), ("gpu-eager", generate.EAGER, (4, 5))):
+        data = generate.required(name)
+        rows = cells_after(generate.REGIONS[region]())
+        layers = [row for row in data["results"] if row["kind"] == "layer"]
+        assert len(rows) == len(layers) > 0
+        for cells, row in zip(rows, layers, strict=True):
+            fastest = min(float(cell.split()[0]) for cell in cells[slice(*dense_columns)])
+            own = float(cells[dense_columns[1]].split()[0])
+            assert own == pytest.approx(row["median_ms"], abs=6e-4)
+            (over,) = (cell for cell in cells if cell == f"{row['over_fastest_dense']:.2f}")
+            assert float(over) == pytest.approx(fastest / own, rel=0.02, abs=0.01)
+    crossover = f"dense below {generate.kernels.DECODE_CROSSOVER['cuda']:,} cached tokens"
+    assert crossover in generate.gpu_eager()
+    # The step of the same size in a graph, where it was timed.
+    steps = {(row["batch"], row["tokens"], row["block_size"], row["density"]): row["median_ms"]
+             for row in generate.required(generate.STEP)["results"] if row["kind"] == "layer"}  # fmt: skip
+    eager = [row for row in generate.required(generate.EAGER)["results"] if row["kind"] == "layer"]
+    beside = [steps.get((row["batch"], row["tokens"], row["block_size"], row["density"])) for row in eager]
+    assert [cells[-1] for cells in cells_after(generate.gpu_eager())] == [
+        "" if value is None else f"{value:.3f}" for value in beside
+    ]
+    assert any(beside)
+
+
+def test_a_million_tokens_cost_what_their_chunks_say(generate: ModuleType) -> None:
+    runs = generate.required(generate.MILLION)["results"]
+    totals, costs = (cells_after(part) for part in generate.gpu_million().split("Microseconds a token"))
+    assert len(totals) == len(costs) == len(runs) > 0
+    for total, cost, run in zip(totals, costs, runs, strict=True):
+        assert total[:2] == cost[:2] == [str(run["block_size"]), f"`{run['walk']}`"]
+        assert float(total[3]) == pytest.approx(sum(chunk["ms"] for chunk in run["chunks"]), rel=0.01)
+        last = [chunk for chunk in run["chunks"] if chunk["tokens"] == run["chunk"]][-1]
+        assert float(cost[-1]) == pytest.approx(1e3 * last["ms"] / last["tokens"], rel=0.01)
+
+
+def test_a_walk_is_compared_with_the_same_prompt_without_one(generate: ModuleType) -> None:
+    plain = {"tokens": 100, "chunk": 10, "block_size": 8, "density": 0.5, "walk": "none", "total_ms": 200.0}
+    walked = {**plain, "walk": "damped", "total_ms": 230.0}
+    (sentence,) = generate._walk_cost([plain, walked, {**walked, "block_size": 16}])
+    assert "blocks of 8 the prompt took 15.0 % longer with the damped walk" in sentence
+
+
+def test_aims_are_judged_by_the_results(generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def measured() -> list[list[str]]:
+        speeds, others = generate.gpu_aims().split("| aim |")
+        rows = [line for part in (speeds, others) for line in part.splitlines()[2:] if line.startswith("|")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
+
+    number = re.compile(r"[\d.]+")
+    judged = 0
+    for cells in measured():
+        pairs = [cells[3:5], cells[5:7]] if len(cells) == 7 else [cells[1:3]]
+        for asked, found in pairs:
+            if not asked or asked.startswith("-"):
+                continue
+            least, value = (float(number.findall(cell)[0]) for cell in (asked, found))
+            if abs(value - least) < 0.006:  # Too close for the digits that are shown.
+                continue
+            met = value <= least if "at most" in asked else value >= least
+            assert found.startswith("**") is not met, cells
+            judged += 1
+    assert judged > 20
+    for file in generate.RESULTS.glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    step = json.loads((tmp_path / generate.MODEL_STEP).read_text(encoding="utf-8"))
+    for factor in (1.2, 2.4):
+        step["results"][-1]["over_fastest_dense"] = factor
+        (tmp_path / generate.MODEL_STEP).write_text(json.dumps(step), encoding="utf-8")
+        monkeypatch.setattr(generate, "RESULTS", tmp_path)
+        (cells,) = (cells for cells in measured() if cells[0].startswith("step, whole model"))
+        assert cells[-1] == (f"**{factor:.2f}×**" if factor < 1.7 else f"{factor:.2f}×")
+
+
+def test_speed_names_the_quality_of_its_settings(generate: ModuleType) -> None:
+    assert generate.quality_note([]) == ""
+    both = generate.quality_note([(64, 0.2), (128, 0.05), (64, 0.2)])
+    assert both == f"`{generate.QUALITY}` has the quality of block 64 at density 0.2, not of block 128 at density 0.05."
+    assert generate.quality_note([(64, 0.1)]) == f"`{generate.QUALITY}` has the quality of block 64 at density 0.1."
+    assert "does not have the quality of block 32 at density 0.3." in generate.quality_note([(32, 0.3)])
+
+
+def test_memory_shows_the_estimates_and_what_the_run_left_out(
+    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = cells_after(generate.gpu_memory())
+    assert {cells[0] for cells in rows} == {"8,192", "65,536", "131,072"}
+    (cells,) = (cells for cells in rows if cells[:2] == ["65,536", "64"])
+    # The founding document's 96, 1, 0.5 and 4 MB of 1,048,576 bytes.
+    assert [cell.partition(" / ")[0] for cell in cells[2:6]] == ["101 MB", "1.0 MB", "524 KB", "4.2 MB"]
+    data = generate.required(generate.MEMORY)
+    kinds = [(phase, tokens, kind) for phase in ("prefill", "decode") for tokens in (8192, 65_536, 131_072)
+             for kind in ("dense", "attention", "layer")]  # fmt: skip
+    found = {(row["phase"], row["tokens"], row["kind"]) for row in data["results"] if "peak_bytes" in row}
+    absent = [
+        f"{phase}, {tokens:,} tokens, {kind}" for phase, tokens, kind in kinds if (phase, tokens, kind) not in found
+    ]
+    text = " ".join(generate.gpu_memory().split())
+    assert ("The run ended before it had metered" in text) is bool(absent)
+    assert all(case in text for case in absent)
+    layers = [row for row in data["results"] if row["kind"] == "layer" and row["phase"] == "prefill"]
+    peaks = [cells for cells in cells_of(generate.gpu_memory()) if cells[0] == "prefill" and cells[2] == "layer"]
+    sizes = [(f"{row['tokens']:,}", f"{row['peak_bytes'] / 1e6:,.2f}") for row in layers]
+    assert [(cells[3], cells[5]) for cells in peaks] == sizes
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    assert "Not measured in this checkout yet" in generate.gpu_memory()
+
+
+def test_the_picture_is_of_the_results(
+    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.speed_up_is_drawn(), "stale: run `make docs`"
+    curves = generate.speed_up_curves()
+    assert all(list(curve.x) == sorted(set(curve.x)) for curve in curves.values())
+    for name in (generate.CROSS, generate.PREFILL):
+        for row in generate.required(name)["results"]:
+            if row["kind"] == "layer":
+                curve = curves[f"block {row['block_size']}, density {row['density']}"]
+                assert curve.y[curve.x.index(row["tokens"])] == row["over_fastest_dense"]
+    monkeypatch.setattr(generate, "IMAGES", tmp_path)
+    monkeypatch.setattr(generate, "SPEED_UP_PICTURE", tmp_path / "gpu" / "picture.png")
+    monkeypatch.setattr(generate, "pages", list)
+    assert generate.main(["--check"]) == 1
+    assert generate.main([]) == 0
+    assert generate.main(["--check"]) == 0
+    monkeypatch.setattr(generate, "speed_up_curves", lambda: {**curves, "one more": curves["block 64, density 0.2"]})
+    assert generate.main(["--check"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "gpu/picture.png: stale; run make docs", "gpu/picture.png: drawn", "gpu/picture.png: stale; run make docs",
+    ]  # fmt: skip
+
+
+def test_results_name_the_command_that_makes_them_and_no_other_place() -> None:
+    files = sorted((PROJECT / "benchmarks" / "results").glob("gpu_*.json"))
+    assert files
+    for file in files:
+        command = json.loads(file.read_text(encoding="utf-8"))["command"]
+        assert command.endswith(f" benchmarks/results/{file.name}"), file.name
+        assert not re.search(r"[\s=](/|~|\$)", command), file.name
+
+
 def test_the_launches_in_bold_are_those_that_run(generate: ModuleType) -> None:
     pytest.importorskip("triton")
     from sketch_walk.kernels.triton_peaks import PeakLaunch, StepLaunch
-    from sketch_walk.kernels.triton_sketch import SketchLaunch
 
-    sketch, peak, step = SketchLaunch(), PeakLaunch(), StepLaunch()
-    assert f"sketch_queries, {sketch.lanes} lanes, {sketch.num_warps} warps" == generate.SKETCH_LAUNCH
+    peak, step = PeakLaunch(), StepLaunch()
     sizes = f"{peak.rows}x{peak.columns}, {peak.num_warps} warps, {peak.max_registers} registers"
     assert sizes == generate.PEAK_LAUNCH
     assert f"peaks, {step.sub_keys} sub-keys, {step.num_warps} warps" == generate.STEP_LAUNCH
-    assert generate.gpu_selector().count("| **") == 3
+    assert generate.gpu_selector().count("| **") == 2
 
 
 def test_plain_means_are_compared_on_the_same_prompts(
