@@ -774,7 +774,8 @@ def model_readme() -> str:
     first, steps = (repeats_text(required(name)) for name in (TTFT, MODEL_STEP))
     text = (
         f"A whole model on a GPU, milliseconds: {model_setting(required(TTFT))}; each method checked before it was "
-        f"timed. First tokens: {first}; steps: {steps}. Blocks read are those of the sparse layers. Random weights: no accuracy belongs to these rows. {quality_note(timed)} "
+        f"timed. First tokens: {first}; steps: {steps}. Blocks read are those of the sparse layers. Random weights: no "
+        f"accuracy belongs to these rows. {quality_note(timed)} "
         f"Sources: `benchmarks/results/{TTFT}`, `benchmarks/results/{MODEL_STEP}`."
     )
     times = ("SDPA flash", "fastest dense kernel", "sparse", "over SDPA flash", "over the fastest")
