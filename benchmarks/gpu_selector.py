@@ -158,9 +158,8 @@ def _select_time(scores: torch.Tensor, layout: Layout, config: SketchWalkConfig,
 
     counts = row_counts(config, scores.shape[-1], scores.device)
     width = max(config.budget(n) for n in range(scores.shape[-1] + 1))
-    first = layout.first_block(config.block_size)
     select = partial(
-        triton_select.select_rows, scores, first, layout.length, *counts, width=width, block_size=config.block_size,
+        triton_select.select_rows, scores, layout.past, layout.length, *counts, width=width, block_size=config.block_size,
         per_head=False,
     )  # fmt: skip
     rows = torch.arange(scores.shape[2], device=scores.device)[None]
@@ -205,9 +204,15 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> dict[str, Any]:
 
     counts = row_counts(config, found.shape[-1], found.device)
     width = max(config.budget(n) for n in range(found.shape[-1] + 1))
-    first = layout.first_block(block)
     select = partial(
-        triton_select.select_rows, found, first, layout.length, *counts, width=width, block_size=block, per_head=False
+        triton_select.select_rows,
+        found,
+        layout.past,
+        layout.length,
+        *counts,
+        width=width,
+        block_size=block,
+        per_head=False,
     )
     times["select"] = graph_milliseconds(select, repeats)
     step = partial(step_selection, state, query, layout, SCALE, counts, width)

@@ -42,7 +42,7 @@ POINTERS = {
     "salience": "fp32", "contrast": "fp32",
     "lse": "*fp32", "delta": "*fp32",
     "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32", "scale": "fp32",
-    "first_block": "*i64", "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
+    "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
 }  # fmt: skip
 STRIDES = {f"{x}_{axis}" for x in "qkvo" for axis in ("batch", "head", "token", "page")}
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64
@@ -178,11 +178,12 @@ def select(target: Target, rows: int) -> int:
         return compile_for(triton_select._select, constants, target, launch.num_warps)
     shared = {**shape, "HEADS": HEADS, "PARTS": 8, "PART_HEADS": 4, "TILE": 4}
     per_head = {**shared, "HEADS": HEADS // KV_HEADS, "PARTS": 1}
+    short = {**shared, "PARTS": 1, "PART_HEADS": HEADS, "TILE": HEADS, "COLUMNS": 256}
     sizes = [
         compile_for(triton_select._from_peaks, {**constants, "CHOOSE": constants["PARTS"] == 1}, target, 8)
-        for constants in (shared, per_head)
+        for constants in (shared, per_head, short)
     ]
-    constants = {**shape, "PARTS": 8, "first_block": None}
+    constants = {**shape, "PARTS": 8, "past": None}
     return sum(sizes) + compile_for(triton_select._select, constants, target, launch.num_warps)
 
 

@@ -61,8 +61,8 @@ def run_rows(
         "width": widest(config, blocks), "block_size": config.block_size,
         "per_head": config.head_mode == "per_kv_head",
     }  # fmt: skip
-    starts, ends = torch.tensor(first, device=DEVICE), torch.tensor(length, device=DEVICE)
-    return select_rows(scores, starts, ends, *row_counts(config, blocks, DEVICE), **{**arguments, **changes})
+    past, ends = torch.tensor(first, device=DEVICE) * BLOCK + 5, torch.tensor(length, device=DEVICE)
+    return select_rows(scores, past, ends, *row_counts(config, blocks, DEVICE), **{**arguments, **changes})
 
 
 def expected_rows(scores: Tensor, first: list[int], length: list[int], config: SketchWalkConfig) -> BlockSelection:
@@ -236,6 +236,7 @@ def expected_shares(peaks: Tensor, length: list[int], selections: int, block_siz
         (12, 4, 1, None),
         (16, 1, 9, 16),
         (32, 8, 100, None),
+        (32, 8, 300, None),
     ],
 )
 def test_decode_from_peaks(heads: int, kv_heads: int, blocks: int, part_heads: int | None, per_head: bool) -> None:
@@ -319,7 +320,8 @@ def test_launches() -> None:
     assert select_launch(2048, 1, hopper) == SelectLaunch(4, 8)
     assert select_launch(16384, 1, hopper) == SelectLaunch(1, 16)
     assert select_launch(4, 1, hopper).num_warps == 1
-    assert [split_heads(heads) for heads in (1, 4, 9, 32, 64)] == [1, 4, 4, 4, 8]
+    assert [split_heads(heads, 2048) for heads in (1, 4, 9, 32, 64)] == [1, 4, 4, 4, 8]
+    assert [split_heads(heads, 256) for heads in (9, 32, 33, 64)] == [9, 32, 5, 8]
 
 
 @pytest.mark.parametrize(
@@ -361,8 +363,7 @@ def test_captured_in_a_graph_and_without_synchronisation() -> None:
 
     def step() -> Any:
         result = select_from_peaks(peaks, length, *counts, width=width, block_size=BLOCK, kv_heads=8, per_head=False)
-        first = (length - 1) // BLOCK
-        again = select_rows(result.scores, first, length, *counts, width=width, block_size=BLOCK, per_head=False)
+        again = select_rows(result.scores, length - 1, length, *counts, width=width, block_size=BLOCK, per_head=False)
         return result, again
 
     step()

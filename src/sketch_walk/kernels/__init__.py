@@ -64,7 +64,7 @@ def check_impl(impl: str) -> None:
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}; expected one of {IMPLEMENTATIONS}")
-    reason = None if impl == "auto" else available()[impl]
+    reason = {"triton": _why_no_triton, "cute": _why_no_cute}.get(impl, lambda: None)()
     if reason is not None:
         missing = "is not installed" in reason
         raise (MissingExtraError if missing else ValueError)(f"impl {impl!r} is not available: {reason}")
@@ -310,9 +310,9 @@ def select_rows(
     """
     from sketch_walk.kernels import triton_select
 
-    first = None if layout.num_queries == 1 else layout.first_block(block_size)
+    past = None if layout.num_queries == 1 else layout.past
     indices, counts = triton_select.select_rows(
-        scores, first, layout.length, *row_counts, width=width, block_size=block_size, per_head=per_head, tail=tail
+        scores, past, layout.length, *row_counts, width=width, block_size=block_size, per_head=per_head, tail=tail
     )
     return (indices, counts) if per_head else (indices[:, 0], counts[:, 0])
 
@@ -324,11 +324,16 @@ def _takes_triton(impl: str, x: Tensor) -> bool:
     """
     if impl == "reference" or (impl == "auto" and (not x.is_cuda or torch.compiler.is_compiling())):
         return False
-    return _why_no_triton() is None
+    # A tensor on a GPU says that there is one.
+    return _triton_is_installed() if x.is_cuda else _why_no_triton() is None
+
+
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _why_no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return 'triton is not installed; run: pip install "sketch_walk[triton]"'
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -338,7 +343,7 @@ def _why_no_triton() -> str | None:
 def _why_no_cute() -> str | None:
     if not flash_cute.is_installed():
         return 'flash-attn-4 is not installed; run: pip install "sketch_walk[hopper]"'
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return 'triton is not installed; run: pip install "sketch_walk[hopper]"'
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "no NVIDIA GPU is visible"
@@ -361,6 +366,8 @@ def _why_not_cute_here(
     if automatic:
         if not query.is_cuda or torch.version.hip is not None or torch.compiler.is_compiling():
             return "the tensors are not on an NVIDIA GPU, or a graph is being compiled"
+        if query.shape[2] == 1:
+            return "it is for prompts"
         least = CUTE_FROM.get(torch.cuda.get_device_capability(query.device)[0])
         if least is None or key.shape[2] < least[0] or query.shape[2] < least[1]:
             return "it is not known to be faster here"

@@ -96,7 +96,7 @@ def attend_dense(
     unpadded = layout.key_index is None and layout.bounds is not None
     if unpadded and num_queries > 1 and not dropout and layout.bounds:
         length = layout.bounds[0][1]
-        keys, values = key[:, :, :length], value[:, :, :length]
+        keys, values = (key, value) if length == num_keys else (key[:, :, :length], value[:, :, :length])
         fastest = fastest_dense(query, keys, values)
         if fastest == "flash-attn-4":
             return flash_cute.attend_dense(query, keys, values, scale)

@@ -7,6 +7,7 @@ depend on nothing on the device, so that a step can be captured in a CUDA graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +62,7 @@ class DecodeLaunch:
     num_stages: int = 3
 
 
+@lru_cache(maxsize=256)
 def decode_launch(
     batch: int,
     kv_heads: int,
@@ -93,7 +95,7 @@ def _block_of(page, slot, last, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_splits", "i_batch", "i_head", "c_batch", "c_head", "t_batch"])
 def _decode(
-    query, key, value, output, partial, peaks, totals, indices, counts, length, table,
+    query, key, value, output, partial, indices, counts, length, table,
     q_batch, q_head, k_batch, k_head, k_page, k_token, v_batch, v_head, v_page, v_token, o_batch, o_head,
     i_batch, i_head, c_batch, c_head, t_batch,
     num_splits, scale_log2,
@@ -104,7 +106,8 @@ def _decode(
     """BLOCKS selected blocks of one sequence, for the heads of one group: an unnormalised partial result.
 
     Token t stands in row t of a contiguous cache (PAGE 0), else in row t % PAGE of page table[t // PAGE].
-    WHOLE: there is one split, and its result is the output.
+    WHOLE: there is one split, and its result is the output. `partial` holds the sums of all splits of all heads, then
+    their greatest logits, then their totals.
     """
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     selection = kv_head if PER_HEAD else 0
@@ -158,15 +161,18 @@ def _decode(
         to = sequence.to(tl.int64) * o_batch + head * o_head
         tl.store(output + to[:, None] + dim[None, :], result.to(output.dtype.element_ty), mask=inside)
     else:
-        slots = (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + head) * num_splits + split
+        heads = tl.num_programs(1) * GROUP
+        slots = (sequence.to(tl.int64) * heads + head) * num_splits + split
+        num_slots = tl.num_programs(2).to(tl.int64) * heads * num_splits
         tl.store(partial + slots[:, None] * HEAD_DIM + dim[None, :], acc, mask=inside)
+        peaks = partial + num_slots * HEAD_DIM
         tl.store(peaks + slots, best, mask=real)
-        tl.store(totals + slots, total, mask=real)
+        tl.store(peaks + num_slots + slots, total, mask=real)
 
 
 @triton.jit(do_not_specialize=["num_splits", "c_batch", "c_head"])
 def _merge(
-    partial, peaks, totals, output, counts,
+    partial, output, counts,
     o_batch, o_head, c_batch, c_head, num_splits,
     GROUP: tl.constexpr, BLOCKS: tl.constexpr, MERGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr,
@@ -177,14 +183,16 @@ def _merge(
     count = tl.load(counts + sequence * c_batch + selection * c_head)
     used = (count + BLOCKS - 1) // BLOCKS
     start = (sequence.to(tl.int64) * tl.num_programs(0) + head) * num_splits
+    num_slots = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * num_splits
+    peaks = partial + num_slots * HEAD_DIM + start
     dim = tl.arange(0, PADDED_DIM)
     acc = tl.zeros([PADDED_DIM], tl.float32)
     best = tl.full([1], HIDDEN, tl.float32)
     total = tl.zeros([1], tl.float32)
     for first in tl.range(0, used, MERGED, num_stages=1):
         split = first + tl.arange(0, MERGED)
-        peak = tl.load(peaks + start + split, mask=split < used, other=HIDDEN)
-        share = tl.load(totals + start + split, mask=split < used, other=0.0)
+        peak = tl.load(peaks + split, mask=split < used, other=HIDDEN)
+        share = tl.load(peaks + num_slots + split, mask=split < used, other=0.0)
         inside = (split < used)[:, None] & (dim < HEAD_DIM)[None, :]
         parts = tl.load(partial + (start + split)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
         now = tl.maximum(best, tl.max(peak, 0))
@@ -242,13 +250,12 @@ def decode(
     )
     splits = max(1, -(-indices.shape[3] // launch.blocks))
     output = torch.empty(batch, heads, 1, head_dim, dtype=query.dtype, device=query.device)
-    partial = peaks = totals = None
+    partial = None
     if splits > 1:
-        partial = torch.empty(batch, heads, splits, head_dim, dtype=torch.float32, device=query.device)
-        peaks, totals = torch.empty(2, batch, heads, splits, dtype=torch.float32, device=query.device)
+        partial = torch.empty(batch * heads * splits * (head_dim + 2), dtype=torch.float32, device=query.device)
     per_head = indices.shape[1] > 1
     _decode[(splits, kv_heads, batch)](
-        query, key, value, output, partial, peaks, totals, indices, counts, length, table,
+        query, key, value, output, partial, indices, counts, length, table,
         *query.stride()[:2], *strides, *output.stride()[:2],
         *indices.stride()[:2], *counts.stride()[:2], 0 if table is None else table.stride(0),
         splits, scale * LOG2_E,
@@ -259,7 +266,7 @@ def decode(
     )  # fmt: skip
     if splits > 1:
         _merge[(heads, batch)](
-            partial, peaks, totals, output, counts,
+            partial, output, counts,
             *output.stride()[:2], *counts.stride()[:2], splits,
             GROUP=group, BLOCKS=launch.blocks, MERGED=min(MERGED, next_power_of_2(splits)),
             HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=per_head, num_warps=4,

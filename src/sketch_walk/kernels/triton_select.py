@@ -157,7 +157,7 @@ def _last_row(length, sequence, num_blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _select(
-    scores, first_block, length, budget, sink, local, best, indices, counts,
+    scores, past, length, budget, sink, local, best, indices, counts,
     s_batch, s_selection, s_row, s_part,
     num_rows, num_selections, num_blocks, width, tail,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
@@ -165,10 +165,10 @@ def _select(
     """One row of scores; with several PARTS, the last row of a sequence, whose scores are the greatest of the parts."""
     index = num_rows - 1 - tl.program_id(0)
     selection, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if first_block is None:
+    if past is None:
         row, available = _last_row(length, sequence, num_blocks, BLOCK)
     else:
-        at = tl.load(first_block + sequence) + index
+        at = tl.load(past + sequence) // BLOCK + index
         row = at.to(tl.int32)
         available = tl.where(at * BLOCK < tl.load(length + sequence), tl.minimum(row + 1, num_blocks), 0)
     column = tl.arange(0, COLUMNS)
@@ -231,7 +231,7 @@ def _from_peaks(
 
 def select_rows(
     scores: Float[Tensor, "batch selections rows blocks"],
-    first_block: Int[Tensor, " batch"] | None,
+    past: Int[Tensor, " batch"] | None,
     length: Int[Tensor, " batch"],
     budget: Int[Tensor, " blocks_plus_1"],
     sink: Int[Tensor, " blocks_plus_1"],
@@ -249,8 +249,9 @@ def select_rows(
     ----------
     scores : torch.Tensor
         float32, contiguous in the last axis. Compared within a row only; NaN counts as 0.
-    first_block : torch.Tensor
-        int64: row r of a sequence is its block first_block + r. None: the one row is that of the last token.
+    past : torch.Tensor
+        int64: tokens before the rows' own; row r of a sequence is its block past // block_size + r. None: the one row
+        is that of the last token.
     length : torch.Tensor
         int64: tokens of each sequence; a row that starts beyond them selects nothing.
     budget, sink, local : torch.Tensor
@@ -288,7 +289,7 @@ def select_rows(
         columns = next_power_of_2(blocks)
         launch = launch or select_launch(columns, counts.numel(), device_of(scores.device))
         _select[(rows, selections, batch)](
-            scores, first_block, length, budget, sink, local, None, table, counts,
+            scores, past, length, budget, sink, local, None, table, counts,
             *scores.stride()[:3], 0, rows, selections, blocks, width, tail,
             BLOCK=block_size, PARTS=1, COLUMNS=columns, THRESHOLDS=launch.thresholds,
             FILL=next_power_of_2(width), num_warps=launch.num_warps,
@@ -416,15 +417,20 @@ def _parts(peaks: Tensor, kv_heads: int, per_head: bool, part_heads: int | None)
         raise ValueError(f"kv_heads must divide the {num_heads} heads of peaks, got {kv_heads}")
     selections = kv_heads if per_head else 1
     heads = num_heads // selections
-    part_heads = split_heads(heads) if part_heads is None else min(heads, max(1, part_heads))
     columns = next_power_of_2(blocks)
+    part_heads = split_heads(heads, columns) if part_heads is None else min(heads, max(1, part_heads))
     tile = max(1, min(next_power_of_2(part_heads), TILE_PEAKS // columns))
     warps = min(16, max(1, tile * columns // 1024))
     return _Parts(selections, heads, part_heads, -(-heads // part_heads), tile, warps)
 
 
-def split_heads(heads: int) -> int:
-    """Heads of one program in a decode step: one program reads a row's 32 x 2,048 peaks too slowly alone."""
+def split_heads(heads: int, columns: int) -> int:
+    """Heads of one program in a decode step over rows of `columns` blocks (a power of two).
+
+    One program reads a row's 32 x 2,048 peaks too slowly alone; what one tile holds needs no second launch.
+    """
+    if next_power_of_2(heads) * columns <= TILE_PEAKS:
+        return heads
     return min(heads, max(LEAST_PART_HEADS, -(-heads // MOST_PARTS)))
 
 
