@@ -159,8 +159,8 @@ def _select_time(scores: torch.Tensor, layout: Layout, config: SketchWalkConfig,
     counts = row_counts(config, scores.shape[-1], scores.device)
     width = max(config.budget(n) for n in range(scores.shape[-1] + 1))
     select = partial(
-        triton_select.select_rows, scores, layout.past, layout.length, *counts, width=width, block_size=config.block_size,
-        per_head=False,
+        triton_select.select_rows, scores, layout.past, layout.length, *counts, width=width,
+        block_size=config.block_size, per_head=False,
     )  # fmt: skip
     rows = torch.arange(scores.shape[2], device=scores.device)[None]
     wanted = select_blocks(scores, rows, torch.ones_like(rows, dtype=torch.bool), config)

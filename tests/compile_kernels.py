@@ -117,7 +117,7 @@ def backward(target: Target) -> int:
 
 
 def decode(target: Target, padded: bool) -> int:
-    """Split and merge; the padded one reads a paged cache."""
+    """Split and merge of a selection from a paged cache, if padded, else of a selection and of all tokens."""
     page = 16 if padded else 0
     launch = triton_decode.decode_launch(8, KV_HEADS, 205, BLOCK, HEAD_DIM, 2, target.device, page)
     constants = {
@@ -125,9 +125,13 @@ def decode(target: Target, padded: bool) -> int:
         "WHOLE": False, "STAGES": launch.num_stages,
         **({} if padded else {"table": None}),
     }  # fmt: skip
-    split = compile_for(triton_decode._decode, constants, target, launch.num_warps, launch.num_stages)
-    shared = {name: part for name, part in constants.items() if name in triton_decode._merge.arg_names}
-    return split + compile_for(triton_decode._merge, {**shared, "MERGED": triton_decode.MERGED}, target)
+    size = 0
+    for table in [{}] if padded else [{}, {"indices": None, "counts": None}]:
+        size += compile_for(triton_decode._decode, constants | table, target, launch.num_warps, launch.num_stages)
+        both = {**constants, **table, "MERGED": triton_decode.MERGED}
+        merge = {name: part for name, part in both.items() if name in triton_decode._merge.arg_names}
+        size += compile_for(triton_decode._merge, merge, target)
+    return size
 
 
 def sketch(target: Target, padded: bool) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sketch_walk import SketchWalkAttention, create_sketch_walk_config, sketch_walk_attention
 from sketch_walk.extras import MissingExtraError
 from sketch_walk.kernels import attend, available, check_impl
+from sketch_walk.kernels.dense import attend_filled
 from sketch_walk.kernels.reference import attend_selected as attend_reference
 from sketch_walk.layout import Layout, make_layout
 
@@ -204,6 +205,26 @@ def test_how_a_decode_step_is_cut_does_not_matter(blocks: int, keys: int, paddin
         launch=DecodeLaunch(blocks, keys),
     )
     torch.testing.assert_close(actual, expected.output, atol=ERROR[torch.float32], rtol=0)
+
+
+@runs
+@pytest.mark.parametrize("split", [1, 2, 8])
+def test_a_step_without_a_table_reads_what_is_filled(split: int) -> None:
+    """All tokens before a length that only the device knows; what lies behind may be anything."""
+    query, key, value, _ = inputs(3, 6, 2, 1, 299, 40, None, torch.float32)
+    length = torch.tensor([300, 65, 3], device=DEVICE)
+    behind = (torch.arange(300, device=DEVICE) >= length[:, None])[:, None, :, None]
+    launch = DecodeLaunch(split, 64, num_stages=1)
+    output = decode(
+        query, key.masked_fill(behind, torch.nan), value.masked_fill(behind, torch.nan), None, None, length, 64, 0.2,
+        launch=launch,
+    )  # fmt: skip
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=~behind.transpose(2, 3), scale=0.2, enable_gqa=True
+    )
+    torch.testing.assert_close(output, expected, atol=ERROR[torch.float32], rtol=0)
+    layout = replace(make_layout(3, 1, 300, key.device), past=length - 1, length=length, bounds=None)
+    torch.testing.assert_close(attend_filled(query, key, value, layout, 0.2), output, atol=1e-6, rtol=0)
 
 
 def test_few_sequences_are_split_further() -> None:

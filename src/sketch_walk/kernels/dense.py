@@ -55,8 +55,10 @@ def _why_not(name: str, query: Tensor, key: Tensor, value: Tensor) -> str | None
 
 
 def _step_with_triton(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attend_filled` serves: on a GPU with Triton, outside compiled graphs."""
+    """Whether `attend_filled` serves: on a GPU with Triton, outside compiled graphs, without gradients."""
     if not query.is_cuda or torch.compiler.is_compiling() or importlib.util.find_spec("triton") is None:
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return False
     from sketch_walk.kernels import triton_attention
 
@@ -64,18 +66,13 @@ def _step_with_triton(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def attend_filled(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    """One query per sequence over the filled part of a cache, whose length stays on the device: all blocks selected.
+    """One query per sequence over the filled part of a cache, whose length stays on the device.
 
-    SDPA would need a mask, and with it its slowest kernel.
+    SDPA would need a mask, and with it its slowest kernel. `scale` is at least 0.
     """
-    from sketch_walk.kernels import triton_attention
+    from sketch_walk.kernels.triton_decode import decode
 
-    batch, blocks = key.shape[0], -(-key.shape[2] // DECODE_BLOCK)
-    indices = torch.arange(blocks, dtype=torch.int32, device=key.device).expand(batch, 1, 1, blocks)
-    counts = ((layout.length + DECODE_BLOCK - 1) // DECODE_BLOCK).to(torch.int32).view(batch, 1, 1)
-    return triton_attention.attend_selected(
-        query, key, value, indices, counts, layout, block_size=DECODE_BLOCK, scale=scale
-    )
+    return decode(query, key, value, None, None, layout.length, DECODE_BLOCK, scale)
 
 
 def attend_dense(
@@ -91,7 +88,7 @@ def attend_dense(
     num_queries, num_keys = query.shape[2], key.shape[2]
     grouped = key.shape[1] != query.shape[1]
     filled = layout.bounds is None and layout.key_index is None
-    if filled and num_queries == 1 and not dropout and _step_with_triton(query, key, value):
+    if filled and num_queries == 1 and not dropout and scale >= 0 and _step_with_triton(query, key, value):
         return attend_filled(query, key, value, layout, scale)
     unpadded = layout.key_index is None and layout.bounds is not None
     if unpadded and num_queries > 1 and not dropout and layout.bounds:

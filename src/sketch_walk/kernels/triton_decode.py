@@ -89,8 +89,18 @@ def decode_launch(
 
 @triton.jit
 def _block_of(page, slot, last, BLOCK: tl.constexpr):
-    """Numbers of the blocks that selected keys `slot` lie in."""
-    return tl.load(page + slot // BLOCK, mask=slot < last, other=0)
+    """Numbers of the blocks that selected keys `slot` lie in; without a `page` table all blocks are selected."""
+    return slot // BLOCK if page is None else tl.load(page + slot // BLOCK, mask=slot < last, other=0)
+
+
+@triton.jit
+def _num_selected(counts, length, sequence, selection, c_batch, c_head, BLOCK: tl.constexpr):
+    """Blocks that one query reads: its count, without `counts` all that its sequence has filled."""
+    if counts is None:
+        count = ((tl.load(length + sequence) + BLOCK - 1) // BLOCK).to(tl.int32)
+    else:
+        count = tl.load(counts + sequence * c_batch + selection * c_head)
+    return count
 
 
 @triton.jit(do_not_specialize=["num_splits", "i_batch", "i_head", "c_batch", "c_head", "t_batch"])
@@ -111,7 +121,7 @@ def _decode(
     """
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     selection = kv_head if PER_HEAD else 0
-    count = tl.load(counts + sequence * c_batch + selection * c_head)
+    count = _num_selected(counts, length, sequence, selection, c_batch, c_head, BLOCK)
     if (split * BLOCKS >= count) and (not WHOLE):
         return
     end = tl.load(length + sequence).to(tl.int32)
@@ -123,7 +133,9 @@ def _decode(
     queries = load_lanes(query, sequence.to(tl.int64) * q_batch + head * q_head, dim, real, HEAD_DIM, WIDEN)
     key += sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     value += sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    page = indices + sequence.to(tl.int64) * i_batch + selection * i_head
+    page = indices
+    if indices is not None:
+        page += sequence.to(tl.int64) * i_batch + selection * i_head
     if PAGE > 0:
         table += sequence.to(tl.int64) * t_batch
 
@@ -172,15 +184,15 @@ def _decode(
 
 @triton.jit(do_not_specialize=["num_splits", "c_batch", "c_head"])
 def _merge(
-    partial, output, counts,
+    partial, output, counts, length,
     o_batch, o_head, c_batch, c_head, num_splits,
-    GROUP: tl.constexpr, BLOCKS: tl.constexpr, MERGED: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MERGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Output of one head of one sequence from the partial results of its splits; 0 where there are none."""
     head, sequence = tl.program_id(0), tl.program_id(1)
     selection = head // GROUP if PER_HEAD else 0
-    count = tl.load(counts + sequence * c_batch + selection * c_head)
+    count = _num_selected(counts, length, sequence, selection, c_batch, c_head, BLOCK)
     used = (count + BLOCKS - 1) // BLOCKS
     start = (sequence.to(tl.int64) * tl.num_programs(0) + head) * num_splits
     num_slots = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * num_splits
@@ -210,8 +222,8 @@ def decode(
     query: Shaped[Tensor, "batch heads 1 head_dim"],
     key: Tensor,
     value: Tensor,
-    indices: Int[Tensor, "batch selections 1 max_selected"],
-    counts: Int[Tensor, "batch selections 1"],
+    indices: Int[Tensor, "batch selections 1 max_selected"] | None,
+    counts: Int[Tensor, "batch selections 1"] | None,
     length: Int[Tensor, " batch"],
     block_size: int,
     scale: float,
@@ -226,6 +238,9 @@ def decode(
     ----------
     key, value : torch.Tensor
         Shape (batch, kv_heads, num_keys, head_dim), or (num_pages, page_size, kv_heads, head_dim) with a `page_size`.
+    indices, counts : torch.Tensor, optional
+        A `BlockSelection` of one row with its head axis. None, both, reads every token before `length`; not with a
+        `page_size`.
     table : torch.Tensor, optional
         Page of every `page_size` tokens; without a `page_size`, the position of every token.
     launch : DecodeLaunch, optional
@@ -238,38 +253,41 @@ def decode(
         strides += (0, third, first, second) if page_size else (first, second, third, third)
     kv_heads = key.shape[2 if page_size else 1]
     group = heads // kv_heads
+    max_selected, selections, selection_strides = -(-key.shape[2] // block_size), 1, [0, 0, 0, 0]
+    if indices is not None and counts is not None:
+        max_selected, selections = indices.shape[3], indices.shape[1]
+        selection_strides = [*indices.stride()[:2], *counts.stride()[:2]]
     launch = launch or decode_launch(
         batch,
         kv_heads,
-        indices.shape[3],
+        max_selected,
         block_size,
         head_dim,
         key.element_size(),
         device_of(query.device),
         0 if table is None else page_size or 1,
     )
-    splits = max(1, -(-indices.shape[3] // launch.blocks))
+    splits = max(1, -(-max_selected // launch.blocks))
     output = torch.empty(batch, heads, 1, head_dim, dtype=query.dtype, device=query.device)
     partial = None
     if splits > 1:
         partial = torch.empty(batch * heads * splits * (head_dim + 2), dtype=torch.float32, device=query.device)
-    per_head = indices.shape[1] > 1
     _decode[(splits, kv_heads, batch)](
         query, key, value, output, partial, indices, counts, length, table,
         *query.stride()[:2], *strides, *output.stride()[:2],
-        *indices.stride()[:2], *counts.stride()[:2], 0 if table is None else table.stride(0),
+        *selection_strides, 0 if table is None else table.stride(0),
         splits, scale * LOG2_E,
         GROUP=group, LANES=max(16, next_power_of_2(group)), BLOCK=block_size, BLOCKS=launch.blocks,
-        KEYS=launch.keys, HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=per_head,
+        KEYS=launch.keys, HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1,
         PAGE=0 if table is None else page_size or 1, WHOLE=splits == 1, STAGES=launch.num_stages, WIDEN=interpreted(),
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     if splits > 1:
         _merge[(heads, batch)](
-            partial, output, counts,
-            *output.stride()[:2], *counts.stride()[:2], splits,
-            GROUP=group, BLOCKS=launch.blocks, MERGED=min(MERGED, next_power_of_2(splits)),
-            HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=per_head, num_warps=4,
+            partial, output, counts, length,
+            *output.stride()[:2], *selection_strides[2:], splits,
+            GROUP=group, BLOCK=block_size, BLOCKS=launch.blocks, MERGED=min(MERGED, next_power_of_2(splits)),
+            HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1, num_warps=4,
         )  # fmt: skip
     return output
 
