@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -147,15 +148,22 @@ def sketches_with_triton(impl: str, x: Tensor, config: SketchWalkConfig, width: 
     only_reference = config.block_score != "peak" or config.key_sketch_bits != 8 or config.reduce != "max"
     if only_reference or config.head_mode == "mean" or not config.use_srht:
         return False
-    from sketch_walk.kernels import triton_peaks
-
-    kept = config.kept_sub_queries(config.block_size // config.query_sub_block)
-    reason = triton_peaks.unsupported(config.block_size, config.query_sub_block, config.key_sub_block, kept, width)
+    reason = _why_not_sketched(config, width)
     if reason is None and x.stride(3) != 1:
         reason = "the last dimension of query and key must be contiguous"
     if reason is not None and impl != "auto":
         raise ValueError(f"impl {impl!r} cannot run this call: {reason}")
     return reason is None
+
+
+@lru_cache(maxsize=64)
+def _why_not_sketched(config: SketchWalkConfig, width: int) -> str | None:
+    """Why the sketch kernels do not take blocks and sketches of these sizes, or None."""
+    from sketch_walk.kernels import triton_peaks
+
+    size = config.block_size
+    kept = config.kept_sub_queries(size // config.query_sub_block)
+    return triton_peaks.unsupported(size, config.query_sub_block, config.key_sub_block, kept, width)
 
 
 def product_dtype() -> torch.dtype:

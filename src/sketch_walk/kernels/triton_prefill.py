@@ -7,6 +7,7 @@ tail with the diagonal block has one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,6 +78,7 @@ class PrefillLaunch:
     max_registers: int | None = None
 
 
+@lru_cache(maxsize=256)
 def prefill_launch(
     heads: int, kv_heads: int, block_size: int, head_dim: int, element_size: int, device: Device
 ) -> PrefillLaunch:
