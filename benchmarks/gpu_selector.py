@@ -24,11 +24,10 @@ import triton
 from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
 from sketch_walk.kernels import triton_peaks, triton_sketch
 from sketch_walk.kernels.triton_peaks import PeakLaunch, StepLaunch
-from sketch_walk.kernels.triton_sketch import SketchLaunch
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.scoring import absorb_keys, call_scores, step_selection
 from sketch_walk.selection import row_counts, select_blocks
-from sketch_walk.sketch import rotation
+from sketch_walk.sketch import CLIP, KEY_LEVELS, rotation
 from sketch_walk.state import LayerSketch
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -39,7 +38,6 @@ VARIANTS = {
     "64x128, 4 warps, 4 stages": PeakLaunch(num_stages=4, per_processor=3),
     "128x128, 8 warps, 128 registers": PeakLaunch(rows=128, num_warps=8, per_processor=2),
 }
-SKETCH_VARIANTS = [SketchLaunch(*sizes) for sizes in ((64, 8), (64, 4), (32, 4), (32, 8), (128, 8))]
 STEP_VARIANTS = [StepLaunch(*sizes) for sizes in ((256, 4), (512, 4), (512, 8), (128, 4), (128, 2), (1024, 8))]
 CASES: list[tuple[int, int, int, int, int, int, dict[str, Any]]] = [
     (2, 4, 2, 3000, 0, 64, {}),
@@ -126,10 +124,7 @@ def prefill(tokens: int, block: int, repeats: int) -> dict[str, Any]:
         triton_sketch.sketch_queries, query, layout, matrix, block_size=block, query_sub_block=4, kept=kept,
         salience=config.salience, contrast=config.query_contrast,
     )  # fmt: skip
-    for launch in SKETCH_VARIANTS:
-        times[f"sketch_queries, {launch.lanes} lanes, {launch.num_warps} warps"] = milliseconds(
-            partial(sketch, launch=launch), repeats
-        )
+    times["sketch_queries"] = milliseconds(sketch, repeats)
     codes, scales = state.read_keys(tokens // block)
     assert scales is not None
     times["unpack"] = milliseconds(
@@ -180,15 +175,14 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> dict[str, Any]:
     state = LayerSketch(config, capacity=tokens)
     whole = make_layout(batch, tokens, tokens, query.device)
     absorb_keys(state, key, whole, query)
-    times = {"keys": graph_milliseconds(partial(absorb_keys, state, key, layout, query), repeats)}
     matrix = rotation(HEAD_DIM, config, query.device, kernels.product_dtype())
-    sketch = partial(
-        triton_sketch.sketch_queries, query, layout, matrix, block_size=block, query_sub_block=4, kept=block // 8,
-        salience=config.salience, contrast=config.query_contrast,
-    )  # fmt: skip
-    times["queries"] = graph_milliseconds(sketch, repeats)
     codes, scales = state.read_keys(tokens // block)
     assert scales is not None
+    sketch = partial(
+        triton_sketch.sketch_step, key, query, layout, codes, scales, matrix, block_size=block, key_sub_block=4,
+        step=CLIP / KEY_LEVELS, salience=config.salience,
+    )  # fmt: skip
+    times = {"sketch": graph_milliseconds(sketch, repeats)}
     peaks = partial(
         triton_peaks.decode_peaks, sketch(), codes, scales, layout.length, scale=SCALE, per_block=block // 4,
         key_sub_block=4,
@@ -215,7 +209,7 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> dict[str, Any]:
         per_head=False,
     )
     times["select"] = graph_milliseconds(select, repeats)
-    step = partial(step_selection, state, query, layout, SCALE, counts, width)
+    step = partial(step_selection, state, query, key, layout, SCALE, counts, width)
     times["step_selection"] = graph_milliseconds(step, repeats)
     value = torch.randn_like(key)
     layer = partial(sketch_walk_attention, query, key, value, config, state=state, layout=layout)

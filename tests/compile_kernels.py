@@ -52,11 +52,6 @@ SHAPE = {
 }  # fmt: skip
 # The default rule: sub-blocks of 4, half of the sub-queries, every coordinate of a head.
 PER_BLOCK, KEPT = BLOCK // 4, BLOCK // 8
-TILE, RUNS = triton_sketch._tile(PER_BLOCK, 2048, triton_sketch.SketchLaunch().lanes)
-SKETCH = {
-    "BLOCK": BLOCK, "TILE": TILE, "RUNS": RUNS, "PER_BLOCK": PER_BLOCK, "HEAD_DIM": HEAD_DIM,
-    "PADDED_DIM": HEAD_DIM, "WIDTH": HEAD_DIM,
-}  # fmt: skip
 PACKED = {
     "PER_BLOCK": PER_BLOCK, "HALF": HEAD_DIM // 2, "PADDED_HALF": HEAD_DIM // 2, "COLUMNS": HEAD_DIM,
 }  # fmt: skip
@@ -135,20 +130,21 @@ def decode(target: Target, padded: bool) -> int:
 
 
 def sketch(target: Target, padded: bool) -> int:
-    """Keys and queries, sketched."""
-    constants = {**SKETCH, "INDEXED": padded}
-    half = {"HALF": HEAD_DIM // 2, "PADDED_HALF": HEAD_DIM // 2}
-    index = {} if padded else {"key_index": None, "query_index": None}
-    queries = {"KEPT": KEPT, "COLUMNS": HEAD_DIM}
-    sizes = []
-    for kernel, own, pointers in (
-        (triton_sketch._sketch_keys, half, {}),
-        (triton_sketch._sketch_queries, queries, {"codes": "*i8"}),
+    """Keys and queries, sketched, of a prompt and of a decode step."""
+    own = {
+        **triton_sketch._halves(HEAD_DIM), "KEPT": KEPT, "COLUMNS": HEAD_DIM, "LANES": 16, "GROUP": HEADS // KV_HEADS,
+        "INDEXED": padded, **({} if padded else {"key_index": None, "query_index": None}),
+    }  # fmt: skip
+    size = 0
+    for kernel, blocks, launch, pointers in (
+        (triton_sketch._sketch_keys, 2048, triton_sketch.LAUNCH, {}),
+        (triton_sketch._sketch_queries, 2048, triton_sketch.LAUNCH, {"codes": "*i8"}),
+        (triton_sketch._sketch_step, 1, triton_sketch.STEP_LAUNCH, {}),
     ):
-        named = {name: value for name, value in {**constants, **own, **index}.items() if name in kernel.arg_names}
-        warps = triton_sketch.SketchLaunch().num_warps
-        sizes.append(compile_for(kernel, named, target, warps, pointers=pointers))
-    return sum(sizes)
+        constants = own | triton_sketch._sizes(BLOCK, 4, blocks, HEAD_DIM, HEAD_DIM, launch)
+        named = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        size += compile_for(kernel, named, target, launch.num_warps, pointers=pointers)
+    return size
 
 
 def peaks(target: Target, per_head: bool) -> int:

@@ -117,11 +117,11 @@ def sketch_walk_attention(
     kernels.check_impl(impl)
     with torch.no_grad():
         state = LayerSketch(config) if state is None else state
-        absorb_keys(state, key, layout, query, impl)
-        plain = causal and bias is None and config.mass is None
-        if plain and score_with is None and combine_scores is None and step_with_triton(state, query, impl):
-            rows, selection = one_step(state, query, layout, scale, config)
+        plain = causal and bias is None and config.mass is None and score_with is None and combine_scores is None
+        if plain and step_with_triton(state.config, query, key, impl):
+            rows, selection = one_step(state, query, key, layout, scale, config)
         else:
+            absorb_keys(state, key, layout, query, impl)
             if score_with is None:
                 scores = call_scores(state, query, layout, scale, causal, impl)
             else:
@@ -154,15 +154,15 @@ def sketch_walk_attention(
 
 
 def one_step(
-    state: LayerSketch, query: Tensor, layout: Layout, scale: float, config: SketchWalkConfig
+    state: LayerSketch, query: Tensor, key: Tensor, layout: Layout, scale: float, config: SketchWalkConfig
 ) -> tuple[Tensor, BlockSelection]:
-    """Scores and selection of one token per sequence without a walk, in one go.
+    """Key sketches, scores and selection of one token per sequence without a walk, in one go.
 
     Budgets are those of `config`, which may have changed since the state was made.
     """
     blocks = -(-layout.max_length // config.block_size)
     counts = row_counts(config, blocks, query.device)
-    scores, *table = step_selection(state, query, layout, scale, counts, config.budget(blocks))
+    scores, *table = step_selection(state, query, key, layout, scale, counts, config.budget(blocks))
     selection = BlockSelection(*table)
     if config.head_mode != "per_kv_head":
         selection = BlockSelection(selection.indices[:, 0], selection.counts[:, 0])

@@ -54,9 +54,9 @@ def absorb_call(
         absorb_rows(state, query, transition_rows(scores, state.config), layout, scale, combine_scores)
 
 
-def absorb_keys(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor, impl: str = "auto") -> None:
-    """Sketch the keys of the call into the state; a block that was open is sketched again from all its keys."""
-    config, size = state.config, state.config.block_size
+def make_room(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor) -> None:
+    """Buffers for everything up to the call's last token."""
+    config = state.config
     heads, width = sketched_heads(key.shape[1], config), feature_width(key.shape[3], config)
     state.allocate(
         key.shape[0],
@@ -66,6 +66,13 @@ def absorb_keys(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor, 
         key.device,
     )
     state.reserve(layout.max_length)
+
+
+def absorb_keys(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor, impl: str = "auto") -> None:
+    """Sketch the keys of the call into the state; a block that was open is sketched again from all its keys."""
+    config, size = state.config, state.config.block_size
+    width = feature_width(key.shape[3], config)
+    make_room(state, key, layout, query)
     total = layout.num_query_blocks(size)
     if kernels.sketches_with_triton(impl, key, config, width):
         assert state.codes is not None
@@ -141,36 +148,40 @@ def call_scores(
     return scores
 
 
-def step_with_triton(state: LayerSketch, query: Tensor, impl: str) -> bool:
+def step_with_triton(config: SketchWalkConfig, query: Tensor, key: Tensor, impl: str) -> bool:
     """Whether `step_selection` serves a call: one query per sequence, no walk, and sketches that the kernels take."""
-    config = state.config
-    if query.shape[2] != 1 or config.uses_walk or state.scales is None or not query.numel():
+    if query.shape[2] != 1 or config.uses_walk or not query.numel():
         return False
-    return kernels.sketches_with_triton(impl, query, config, feature_width(query.shape[3], config))
+    width = feature_width(query.shape[3], config)
+    return all(kernels.sketches_with_triton(impl, x, config, width) for x in (query, key))
 
 
 def step_selection(
     state: LayerSketch,
     query: Float[Tensor, "batch heads 1 head_dim"],
+    key: Float[Tensor, "batch kv_heads num_keys head_dim"],
     layout: Layout,
     scale: float,
     counts: tuple[Tensor, Tensor, Tensor],
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, indices and counts of one decode step: `call_scores` and the selection in fewer kernels.
+    """Scores, indices and counts of one decode step: `absorb_keys`, `call_scores` and the selection in fewer kernels.
 
     `counts` are `sketch_walk.selection.row_counts`, `width` the greatest of the budgets.
     """
     config = state.config
+    make_room(state, key, layout, query)
     codes, scales = state.read_keys(-(-layout.max_length // config.block_size))
     assert scales is not None
     return kernels.step_selection(
+        key,
         query,
         layout,
         codes,
         scales,
         rotation(query.shape[3], config, query.device, kernels.product_dtype()),
         counts,
+        step=CLIP / KEY_LEVELS,
         scale=score_scale(query.shape[3], scale, config),
         width=width,
         config=config,

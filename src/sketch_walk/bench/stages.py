@@ -111,13 +111,13 @@ def selector_stages(
         stages.append(Stage(name, call))
         return call()
 
-    stage("sketch keys", partial(absorb_keys, state, key, layout, query, impl))
     blocks = config.block_size
     rows_of_call = layout.num_query_blocks(blocks)
     index = layout.first_block(blocks)[:, None] + torch.arange(rows_of_call, device=query.device)
-    if step_with_triton(state, query, impl):
-        _, selection = stage("scores and select", partial(one_step, state, query, layout, case.scale, config))
+    if step_with_triton(config, query, key, impl):
+        _, selection = stage("sketch, score, select", partial(one_step, state, query, key, layout, case.scale, config))
     else:
+        stage("sketch keys", partial(absorb_keys, state, key, layout, query, impl))
         scores = stage("scores", partial(call_scores, state, query, layout, case.scale, impl=impl))
         walk = scores
         if config.uses_walk:

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Written between repeats, so that no repeat finds its inputs in the L2 cache: above the 50 MB of an H100's.
+# Read between repeats, so that no repeat finds its inputs in the L2 cache: above the 50 MB of an H100's. Read, as a
+# model's weights are between two layers' attention: what is written has to leave the cache while the call is timed.
 FLUSH_BYTES = 256 << 20
+# Reads of that buffer before the first repeat: milliseconds in which the host queues repeats ahead of the device.
+HEAD_START = 40
 
 
 class Timing(NamedTuple):
@@ -50,7 +53,8 @@ def measure(
         Run `warm_up` times untimed, then `repeats` times.
     device : torch.device
         On a GPU: time between two events on the current stream around each repeat; all repeats are queued before the
-        first is waited for, so the host's pace shows only where it is the slower one. Elsewhere: wall clock.
+        first is waited for, and the device is kept busy while the host gets ahead, so the host's pace shows only where
+        it is the slower one for long. Elsewhere: wall clock.
     flush : bool
         Empty the GPU's L2 cache before each repeat. Nothing on a CPU.
 
@@ -78,12 +82,14 @@ def _wall_times(call: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def _device_times(call: Callable[[], Any], device: torch.device, repeats: int, flush: bool) -> list[float]:
-    scratch = torch.empty(FLUSH_BYTES if flush else 0, dtype=torch.int8, device=device)
+    scratch = torch.zeros(FLUSH_BYTES // 4, device=device)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     torch.cuda.synchronize(device)
+    for _ in range(HEAD_START):
+        scratch.amax()
     for begin, end in events:
         if flush:
-            scratch.zero_()
+            scratch.amax()
         begin.record()
         call()
         end.record()

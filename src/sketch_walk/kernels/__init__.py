@@ -25,6 +25,8 @@ from sketch_walk.layout import Layout
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
+    from sketch_walk.kernels.triton_sketch import PackedQueries
+
 IMPLEMENTATIONS = ("auto", "reference", "triton", "cute")
 
 # Prompt tokens below which dense attention is not slower, selector and state included. The CPU's is measured in
@@ -213,9 +215,6 @@ def peak_scores(
     from sketch_walk.kernels import triton_peaks, triton_select, triton_sketch
 
     per_head = config.head_mode == "per_kv_head"
-    if query.shape[2] == 1:
-        peaks = _step_peaks(query, layout, codes, scales, matrix, scale, config)
-        return triton_select.scores_from_peaks(peaks, kv_heads=codes.shape[1], per_head=per_head)
     queries = triton_sketch.sketch_queries(
         query,
         layout,
@@ -226,6 +225,9 @@ def peak_scores(
         salience=float(config.salience),
         contrast=float(config.query_contrast),
     )
+    if query.shape[2] == 1:
+        peaks = _step_peaks(queries, layout, codes, scales, scale, config)
+        return triton_select.scores_from_peaks(peaks, kv_heads=codes.shape[1], per_head=per_head)
     return triton_peaks.peak_scores(
         queries,
         codes,
@@ -239,27 +241,24 @@ def peak_scores(
 
 
 def _step_peaks(
-    query: Tensor, layout: Layout, codes: Tensor, scales: Tensor, matrix: Tensor, scale: float, config: SketchWalkConfig
+    queries: PackedQueries, layout: Layout, codes: Tensor, scales: Tensor, scale: float, config: SketchWalkConfig
 ) -> Float[Tensor, "batch heads blocks"]:
     """Best logit of every block for one query per sequence."""
-    from sketch_walk.kernels import triton_peaks, triton_sketch
+    from sketch_walk.kernels import triton_peaks
 
-    size = config.block_size
-    queries = triton_sketch.sketch_queries(
-        query, layout, matrix, block_size=size, query_sub_block=size, kept=1, salience=0.0, contrast=1.0
-    )
     return triton_peaks.decode_peaks(
         queries,
         codes,
         scales,
         layout.length,
         scale=scale,
-        per_block=size // config.key_sub_block,
+        per_block=config.block_size // config.key_sub_block,
         key_sub_block=config.key_sub_block,
     )
 
 
 def step_selection(
+    key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
     query: Shaped[Tensor, "batch heads 1 head_dim"],
     layout: Layout,
     codes: Int[Tensor, "batch kv_heads blocks payload"],
@@ -267,14 +266,29 @@ def step_selection(
     matrix: Float[Tensor, "head_dim width"],
     row_counts: tuple[Tensor, Tensor, Tensor],
     *,
+    step: float,
     scale: float,
     width: int,
     config: SketchWalkConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, indices and counts of one decode step (`peak_scores`, then `select_rows`) in three or four kernels."""
-    from sketch_walk.kernels import triton_select
+    """Scores, indices and counts of one decode step (`sketch_keys`, `peak_scores`, then `select_rows`) in three or four
+    kernels.
+    """
+    from sketch_walk.kernels import triton_select, triton_sketch
 
-    peaks = _step_peaks(query, layout, codes, scales, matrix, scale, config)
+    queries = triton_sketch.sketch_step(
+        key,
+        query,
+        layout,
+        codes,
+        scales,
+        matrix,
+        block_size=config.block_size,
+        key_sub_block=config.key_sub_block,
+        step=step,
+        salience=float(config.salience),
+    )
+    peaks = _step_peaks(queries, layout, codes, scales, scale, config)
     return triton_select.select_from_peaks(
         peaks,
         layout.length,

@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 class SketchLaunch(NamedTuple):
     """Pooled vectors of one program, which are rows of its product with the rotation, and its warps."""
 
-    lanes: int = 32
-    num_warps: int = 4
+    lanes: int
+    num_warps: int
+
+
+LAUNCH = SketchLaunch(32, 2)
+# A decode step has one block, and a program for it: more warps.
+STEP_LAUNCH = SketchLaunch(16, 4)
 
 
 class PackedQueries(NamedTuple):
@@ -71,12 +76,13 @@ def _tokens(
 def _pooled(
     base, index, sequence, start, first_slot, end, token_stride, num_index, dim, salience, contrast,
     TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, SUB: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr,
+    PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Runs of SUB tokens as one vector each [TILE * RUNS, PADDED_DIM], and which of them hold a real token.
 
     The tile's first block begins at rank `start`; every block has PER_BLOCK runs, of RUNS lanes. Tokens are read twice,
-    the second time from a cache: the weights within a run need the block's mean and spread.
+    the second time from a cache: the weights within a run need the block's mean and spread. UNROLL tokens of every run
+    are in flight at once: registers for time, where few programs run.
     """
     lane = tl.arange(0, TILE * RUNS)
     inside = lane % RUNS < PER_BLOCK
@@ -84,7 +90,7 @@ def _pooled(
     total = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
     squares = tl.zeros([TILE * RUNS], tl.float32)
     count = tl.zeros([TILE * RUNS], tl.float32)
-    for step in range(SUB):
+    for step in tl.range(0, SUB, loop_unroll_factor=UNROLL):
         tokens, real = _tokens(
             base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
         )
@@ -104,7 +110,7 @@ def _pooled(
     top = tl.full([TILE * RUNS], HIDDEN, tl.float32)
     weights = tl.zeros([TILE * RUNS], tl.float32)
     deviation = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
-    for step in range(SUB):
+    for step in tl.range(0, SUB, loop_unroll_factor=UNROLL):
         tokens, real = _tokens(
             base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
         )
@@ -135,58 +141,79 @@ def _rotate(pooled, matrix, dim, column, HEAD_DIM: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
+def _code(values, steps):
+    """Whole numbers -128 ... 127; halves are rounded up where torch rounds them to even: a tie of float32 numbers."""
+    return tl.minimum(tl.maximum(tl.floor(values * steps + 0.5), -128.0), 127.0).to(tl.int32)
+
+
+@triton.jit
+def _sketch_blocks(
+    key, key_index, length, matrix, codes, scales, first_block, head, sequence,
+    k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, INDEXED: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of TILE blocks of one head."""
+    end = tl.load(length + sequence).to(tl.int32)
+    if first_block * BLOCK < end:
+        dim = tl.arange(0, PADDED_DIM)
+        base = key + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
+        pooled, real = _pooled(
+            base, key_index, sequence, first_block * BLOCK, 0, end, k_token, num_keys, dim, salience, 1.0,
+            TILE, RUNS, PER_BLOCK, BLOCK // PER_BLOCK, HEAD_DIM, PADDED_DIM, INDEXED, UNROLL,
+        )  # fmt: skip
+        half = tl.arange(0, PADDED_HALF)
+        first = tl.where((half < HALF)[None, :], _rotate(pooled, matrix, dim, half, HEAD_DIM, WIDTH), 0.0)
+        second = tl.where((half < HALF)[None, :], _rotate(pooled, matrix, dim, half + HALF, HEAD_DIM, WIDTH), 0.0)
+        squares = tl.sum(tl.reshape(tl.sum(first * first, 1) + tl.sum(second * second, 1), [TILE, RUNS]), 1)
+        count = tl.maximum(tl.sum(tl.reshape(real.to(tl.float32), [TILE, RUNS]), 1), 1.0)
+        scale = tl.maximum(tl.sqrt(squares / (count * WIDTH)) * step_of_spread, 1.1754944e-38)
+        steps = tl.reshape(tl.broadcast_to((1.0 / scale)[:, None], [TILE, RUNS]), [TILE * RUNS])[:, None]
+        low, high = _code(first, steps) + 128, _code(second, steps) + 128
+        lane = tl.arange(0, TILE * RUNS)
+        run, block = lane % RUNS, first_block + lane // RUNS
+        to = codes + sequence.to(tl.int64) * c_batch + head.to(tl.int64) * c_head
+        at = (block.to(tl.int64) * c_block + run * HALF)[:, None] + half[None, :]
+        inside = ((run < PER_BLOCK) & (block * BLOCK < end))[:, None] & (half < HALF)[None, :]
+        tl.store(to + at, ((low >> 4) | (high & 240)).to(tl.uint8), mask=inside)
+        tl.store(to + PER_BLOCK * HALF + at, ((low & 15) | ((high & 15) << 4)).to(tl.uint8), mask=inside)
+        tile_block = first_block + tl.arange(0, TILE)
+        to_scale = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head
+        tl.store(to_scale + tile_block.to(tl.int64) * s_block, scale, mask=tile_block * BLOCK < end)
+
+
+@triton.jit
+def _round_queries(values, COLUMNS: tl.constexpr):
+    """Codes [rows, COLUMNS] as int8 and scales [rows] of rotated queries."""
+    scale = tl.maximum(tl.max(tl.abs(values), 1) / 127.0, 1.1754944e-38)
+    return tl.floor(values * (1.0 / scale)[:, None] + 0.5).to(tl.int8), scale
+
+
+@triton.jit
 def _sketch_keys(
     key, key_index, past, length, matrix, codes, scales,
     k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-    PADDED_HALF: tl.constexpr, INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of TILE blocks of one head."""
+    """Codes and scales of TILE blocks of one head, counted from the sequence's first open one."""
     head, sequence = tl.program_id(1), tl.program_id(2)
-    end = tl.load(length + sequence).to(tl.int32)
     first_block = tl.load(past + sequence).to(tl.int32) // BLOCK + tl.program_id(0) * TILE
-    if first_block * BLOCK >= end:
-        return
-    dim = tl.arange(0, PADDED_DIM)
-    base = key + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
-    pooled, real = _pooled(
-        base, key_index, sequence, first_block * BLOCK, 0, end, k_token, num_keys, dim, salience, 1.0,
-        TILE, RUNS, PER_BLOCK, BLOCK // PER_BLOCK, HEAD_DIM, PADDED_DIM, INDEXED,
+    _sketch_blocks(
+        key, key_index, length, matrix, codes, scales, first_block, head, sequence,
+        k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block,
+        num_keys, step_of_spread, salience,
+        BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, HALF, PADDED_HALF, INDEXED, 1,
     )  # fmt: skip
-    half = tl.arange(0, PADDED_HALF)
-    first = _rotate(pooled, matrix, dim, half, HEAD_DIM, WIDTH)
-    second = _rotate(pooled, matrix, dim, half + HALF, HEAD_DIM, WIDTH)
-    first = tl.where((half < HALF)[None, :], first, 0.0)
-    second = tl.where((half < HALF)[None, :], second, 0.0)
-    squares = tl.sum(tl.reshape(tl.sum(first * first, 1) + tl.sum(second * second, 1), [TILE, RUNS]), 1)
-    count = tl.sum(tl.reshape(real.to(tl.float32), [TILE, RUNS]), 1)
-    scale = tl.maximum(tl.sqrt(squares / (tl.maximum(count, 1.0) * WIDTH)) * step_of_spread, 1.1754944e-38)
-    of_lane = tl.reshape(tl.broadcast_to(scale[:, None], [TILE, RUNS]), [TILE * RUNS])[:, None]
-    # Rounds halves up where torch rounds them to even: a tie of float32 quotients.
-    low = tl.minimum(tl.maximum(tl.floor(first / of_lane + 0.5), -128.0), 127.0).to(tl.int32) + 128
-    high = tl.minimum(tl.maximum(tl.floor(second / of_lane + 0.5), -128.0), 127.0).to(tl.int32) + 128
-    upper = (low >> 4) | (high & 240)
-    lower = (low & 15) | ((high & 15) << 4)
-    lane = tl.arange(0, TILE * RUNS)
-    block = first_block + lane // RUNS
-    to = codes + sequence.to(tl.int64) * c_batch + head.to(tl.int64) * c_head
-    at = block.to(tl.int64)[:, None] * c_block + (lane % RUNS)[:, None] * HALF + half[None, :]
-    inside = ((lane % RUNS < PER_BLOCK) & (block * BLOCK < end))[:, None] & (half < HALF)[None, :]
-    tl.store(to + at, upper.to(tl.uint8), mask=inside)
-    tl.store(to + PER_BLOCK * HALF + at, lower.to(tl.uint8), mask=inside)
-    tile_block = first_block + tl.arange(0, TILE)
-    to_scale = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head
-    tl.store(to_scale + tile_block.to(tl.int64) * s_block, scale, mask=tile_block * BLOCK < end)
 
 
 @triton.jit
 def _sketch_queries(
     query, query_index, past, length, matrix, codes, scales, last_rank,
     q_batch, q_head, q_token, num_rows, num_queries, salience, contrast,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr,
-    KEPT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, KEPT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """The KEPT most salient sub-queries of each of TILE query blocks of one head, rounded."""
     SUB: tl.constexpr = BLOCK // PER_BLOCK
@@ -199,7 +226,7 @@ def _sketch_queries(
     base = query + sequence.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
     pooled, real = _pooled(
         base, query_index, sequence, start, seen, end, q_token, num_queries, dim, salience, contrast,
-        TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED,
+        TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED, 1,
     )  # fmt: skip
     column = tl.arange(0, COLUMNS)
     values = _rotate(pooled, matrix, dim, column, HEAD_DIM, WIDTH)
@@ -219,22 +246,83 @@ def _sketch_queries(
         distance = tl.where(real_runs, apart_squared, -1.0)
         # Equal to a stable descending sort: how many come before each. Kept ones stay in the order of their tokens.
         mine, other = distance[:, :, None], distance[:, None, :]
-        before = (other > mine) | ((other == mine) & (run[None, None, :] < run[None, :, None]))
+        earlier = run[None, None, :] < run[None, :, None]
+        before = (other > mine) | ((other == mine) & earlier)
         ahead = tl.sum((before & (run < PER_BLOCK)[None, None, :]).to(tl.int32), 2)
         kept = (ahead < KEPT) & of_block
-        place = tl.cumsum(kept.to(tl.int32), 1) - 1
+        place = tl.sum((kept[:, None, :] & earlier).to(tl.int32), 2)
     kept_lane = tl.reshape(kept, [TILE * RUNS]) & (first_row + lane // RUNS < num_rows)
-    place_lane = tl.reshape(place, [TILE * RUNS])
-    scale = tl.maximum(tl.max(tl.abs(values), 1) / 127.0, 1.1754944e-38)
-    rounded = tl.floor(values / scale[:, None] + 0.5).to(tl.int8)
+    rounded, scale = _round_queries(values, COLUMNS)
     last = tl.minimum(start + (lane // RUNS) * BLOCK + (lane % RUNS) * SUB + SUB - 1, end - 1)
-    row = sequence.to(tl.int64) * num_rows + first_row + lane // RUNS
-    slot = (row * tl.num_programs(1) + head) * KEPT + place_lane
+    first_slot = (sequence.to(tl.int64) * num_rows + first_row) * tl.num_programs(1) + head
+    slot = (lane // RUNS) * (tl.num_programs(1) * KEPT) + tl.reshape(place, [TILE * RUNS])
+    to = codes + first_slot * (KEPT * COLUMNS)
     tl.store(
-        codes + slot[:, None] * COLUMNS + column[None, :], rounded, mask=kept_lane[:, None] & (column >= 0)[None, :]
+        to + (slot[:, None] * COLUMNS + column[None, :]), rounded, mask=kept_lane[:, None] & (column >= 0)[None, :]
     )
-    tl.store(scales + slot, scale, mask=kept_lane)
-    tl.store(last_rank + slot, tl.where(real, last, -1), mask=kept_lane)
+    tl.store(scales + first_slot * KEPT + slot, scale, mask=kept_lane)
+    tl.store(last_rank + first_slot * KEPT + slot, tl.where(real, last, -1), mask=kept_lane)
+
+
+@triton.jit
+def _sketch_step(
+    key, key_index, query, query_index, past, length, matrix, codes, scales, query_codes, query_scales,
+    k_batch, k_head, k_token, q_batch, q_head, q_token, c_batch, c_head, c_block, s_batch, s_head, s_block,
+    num_keys, kv_heads, step_of_spread, salience,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    """One new token per sequence: its block of one head, or the queries of one group of heads."""
+    task, sequence = tl.program_id(0), tl.program_id(1)
+    seen = tl.load(past + sequence).to(tl.int32)
+    if task < kv_heads:
+        _sketch_blocks(
+            key, key_index, length, matrix, codes, scales, seen // BLOCK, task, sequence, k_batch, k_head, k_token,
+            c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
+            BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, HALF, PADDED_HALF, INDEXED, BLOCK // PER_BLOCK,
+        )  # fmt: skip
+    else:
+        lane = tl.arange(0, LANES)
+        real = (lane < GROUP) & (seen < tl.load(length + sequence))
+        head = (task - kv_heads) * GROUP + lane
+        at = sequence.to(tl.int64) * q_batch
+        if INDEXED:
+            at += tl.load(query_index + sequence) * q_token
+        dim = tl.arange(0, PADDED_DIM)
+        queries = tl.load(
+            query + at + head.to(tl.int64)[:, None] * q_head + dim[None, :],
+            mask=real[:, None] & (dim < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        column = tl.arange(0, COLUMNS)
+        rounded, scale = _round_queries(_rotate(queries.to(tl.float32), matrix, dim, column, HEAD_DIM, WIDTH), COLUMNS)
+        slot = (sequence.to(tl.int64) * kv_heads + task - kv_heads) * GROUP
+        inside = (lane < GROUP)[:, None] & (column >= 0)[None, :]
+        tl.store(query_codes + slot * COLUMNS + (lane[:, None] * COLUMNS + column[None, :]), rounded, mask=inside)
+        tl.store(query_scales + slot + lane, scale, mask=lane < GROUP)
+
+
+def _sizes(
+    block_size: int, sub_block: int, blocks: int, head_dim: int, width: int, launch: SketchLaunch
+) -> dict[str, int]:
+    """Constants of a kernel that pools runs of `blocks` blocks and rotates them, and its warps.
+
+    TILE blocks of RUNS lanes each: as many as `launch` says, fewer where the call has fewer blocks, 16 lanes at least.
+    """
+    per_block = block_size // sub_block
+    runs = triton.next_power_of_2(per_block)
+    tile = max(1, min(launch.lanes // runs, triton.next_power_of_2(blocks)))
+    return {
+        "BLOCK": block_size, "TILE": max(tile, 16 // runs), "RUNS": runs, "PER_BLOCK": per_block, "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded_dim(head_dim), "WIDTH": width, "num_warps": launch.num_warps,
+    }  # fmt: skip
+
+
+def _halves(width: int) -> dict[str, int]:
+    """How the kernels that pack codes of `width` coordinates cut them."""
+    half = (width + 1) // 2
+    return {"HALF": half, "PADDED_HALF": max(16, triton.next_power_of_2(half))}
 
 
 def sketch_keys(
@@ -249,7 +337,7 @@ def sketch_keys(
     key_sub_block: int,
     step: float,
     salience: float,
-    launch: SketchLaunch | None = None,
+    launch: SketchLaunch = LAUNCH,
 ) -> None:
     """Write codes and scales of the blocks that the call touches, from each sequence's first open one on.
 
@@ -260,7 +348,7 @@ def sketch_keys(
     codes, scales : torch.Tensor
         The state's buffers, written in place (`sketch_walk.sketch.KeySketch`).
     matrix : torch.Tensor
-        Rotation, float32 or bfloat16; the product is made in its dtype.
+        Rotation, float32 or bfloat16; products are made in its dtype.
     step : float
         Step size of a code in units of its block's root mean square.
     salience : float
@@ -269,16 +357,12 @@ def sketch_keys(
     if not num_blocks:
         return
     batch, heads, num_keys, head_dim = key.shape
-    per_block, width = block_size // key_sub_block, matrix.shape[1]
-    half = (width + 1) // 2
-    launch = launch or SketchLaunch()
-    tile, runs = _tile(per_block, num_blocks, launch.lanes)
-    _sketch_keys[(triton.cdiv(num_blocks, tile), heads, batch)](
+    width = matrix.shape[1]
+    sizes = _sizes(block_size, key_sub_block, num_blocks, head_dim, width, launch)
+    _sketch_keys[(triton.cdiv(num_blocks, sizes["TILE"]), heads, batch)](
         key, layout.key_index, layout.past, layout.length, matrix, codes, scales,
         *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience,
-        BLOCK=block_size, TILE=tile, RUNS=runs, PER_BLOCK=per_block, HEAD_DIM=head_dim,
-        PADDED_DIM=padded_dim(head_dim), WIDTH=width, HALF=half, PADDED_HALF=max(16, triton.next_power_of_2(half)),
-        INDEXED=layout.key_index is not None, num_warps=launch.num_warps,
+        **sizes, **_halves(width), INDEXED=layout.key_index is not None,
     )  # fmt: skip
 
 
@@ -292,7 +376,7 @@ def sketch_queries(
     kept: int,
     salience: float,
     contrast: float,
-    launch: SketchLaunch | None = None,
+    launch: SketchLaunch = LAUNCH,
 ) -> PackedQueries:
     """The `kept` most salient sub-queries per head of every query block of the call.
 
@@ -302,30 +386,55 @@ def sketch_queries(
     batch, heads, num_queries, head_dim = query.shape
     if num_queries == 1:
         block_size = query_sub_block = kept = 1
-    rows = layout.num_query_blocks(block_size)
-    per_block, width = block_size // query_sub_block, matrix.shape[1]
-    columns = max(32, triton.next_power_of_2(width))
-    shape = (batch, rows, heads, kept)
-    packed = PackedQueries(
-        torch.empty(*shape, columns, dtype=torch.int8, device=query.device),
-        torch.empty(shape, dtype=torch.float32, device=query.device),
-        torch.empty(shape, dtype=torch.int32, device=query.device),
-    )
+    rows, width = layout.num_query_blocks(block_size), matrix.shape[1]
+    packed = _empty(batch, rows, heads, kept, width, query.device)
     if rows:
-        launch = launch or SketchLaunch()
-        tile, runs = _tile(per_block, rows, launch.lanes)
-        _sketch_queries[(triton.cdiv(rows, tile), heads, batch)](
+        sizes = _sizes(block_size, query_sub_block, rows, head_dim, width, launch)
+        _sketch_queries[(triton.cdiv(rows, sizes["TILE"]), heads, batch)](
             query, layout.query_index, layout.past, layout.length, matrix, *packed,
             *query.stride()[:3], rows, num_queries, salience, contrast,
-            BLOCK=block_size, TILE=tile, RUNS=runs, PER_BLOCK=per_block, KEPT=kept, HEAD_DIM=head_dim,
-            PADDED_DIM=padded_dim(head_dim), WIDTH=width, COLUMNS=columns, INDEXED=layout.query_index is not None,
-            num_warps=launch.num_warps,
+            **sizes, KEPT=kept, COLUMNS=packed.codes.shape[-1], INDEXED=layout.query_index is not None,
         )  # fmt: skip
     return packed
 
 
-def _tile(per_block: int, blocks: int, lanes: int) -> tuple[int, int]:
-    """Blocks of one program and lanes of each: `lanes` vectors at once, as few as 16 where the call has few blocks."""
-    runs = triton.next_power_of_2(per_block)
-    tile = max(1, min(lanes // runs, triton.next_power_of_2(blocks)))
-    return max(tile, 16 // runs), runs
+def sketch_step(
+    key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
+    query: Shaped[Tensor, "batch heads 1 head_dim"],
+    layout: Layout,
+    codes: Shaped[Tensor, "batch kv_heads blocks payload"],
+    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    matrix: Float[Tensor, "head_dim width"],
+    *,
+    block_size: int,
+    key_sub_block: int,
+    step: float,
+    salience: float,
+) -> PackedQueries:
+    """`sketch_keys` and `sketch_queries` of one query per sequence, in one kernel.
+
+    The ranks of the queries are not written: a decode step sees everything.
+    """
+    batch, kv_heads, num_keys, head_dim = key.shape
+    heads, width = query.shape[1], matrix.shape[1]
+    packed = _empty(batch, 1, heads, 1, width, query.device)
+    sizes = _sizes(block_size, key_sub_block, 1, head_dim, width, STEP_LAUNCH)
+    group = heads // kv_heads
+    _sketch_step[(2 * kv_heads, batch)](
+        key, layout.key_index, query, layout.query_index, layout.past, layout.length, matrix, codes, scales,
+        packed.codes, packed.scales, *key.stride()[:3], *query.stride()[:3], *codes.stride()[:3],
+        *scales.stride()[:3], num_keys, kv_heads, step, salience,
+        **sizes, **_halves(width), COLUMNS=packed.codes.shape[-1], GROUP=group,
+        LANES=max(16, triton.next_power_of_2(group)), INDEXED=layout.key_index is not None,
+    )  # fmt: skip
+    return packed
+
+
+def _empty(batch: int, rows: int, heads: int, kept: int, width: int, device: torch.device) -> PackedQueries:
+    shape = (batch, rows, heads, kept)
+    columns = max(32, triton.next_power_of_2(width))
+    return PackedQueries(
+        torch.empty(*shape, columns, dtype=torch.int8, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.int32, device=device),
+    )
