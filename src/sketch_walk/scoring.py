@@ -64,6 +64,7 @@ def make_room(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor) ->
         (sketched_heads(query.shape[1], config), query.shape[3]),
         key.dtype,
         key.device,
+        layout.max_length,
     )
     state.reserve(layout.max_length)
 

@@ -73,8 +73,9 @@ class LayerSketch:
         ring_shape: tuple[int, int],
         dtype: torch.dtype,
         device: torch.device,
+        tokens: int = 0,
     ) -> None:
-        """Make the buffers, once.
+        """Make the buffers, once, for a fixed capacity or else with room for `tokens` tokens per sequence.
 
         Parameters
         ----------
@@ -88,9 +89,11 @@ class LayerSketch:
         config = self.config
         heads, payload = sketch_shape
         packed = config.key_sketch_bits == 8
-        self.codes = torch.zeros(batch, heads, 1, payload, dtype=torch.uint8 if packed else dtype, device=device)
+        blocks = -(-(tokens if self.capacity is None else self.capacity) // config.block_size)
+        codes_dtype = torch.uint8 if packed else dtype
+        self.codes = torch.zeros(batch, heads, blocks + 1, payload, dtype=codes_dtype, device=device)
         if packed:
-            self.scales = torch.zeros(batch, heads, 1, 1, device=device)
+            self.scales = torch.zeros(batch, heads, blocks + 1, 1, device=device)
         if config.uses_walk:
             selections = heads if config.head_mode == "per_kv_head" else 1
             self.rows = torch.zeros(batch, selections, 1, dtype=config.walk_state_dtype, device=device)
@@ -98,8 +101,8 @@ class LayerSketch:
             heads, dim = ring_shape
             self.ring = torch.zeros(batch, heads, self.ring_size + 1, dim, dtype=ring_dtype, device=device)
             self.ring_start = torch.zeros(batch, dtype=torch.int64, device=device)
-        if self.capacity is not None:
-            self._grow(-(-self.capacity // config.block_size))
+            self._grow_rows(blocks)
+        self.num_blocks = blocks
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens per sequence.
@@ -121,14 +124,18 @@ class LayerSketch:
         self.codes = _grown(self.codes, blocks, dim=2)
         if self.scales is not None:
             self.scales = _grown(self.scales, blocks, dim=2)
-        if self.rows is not None:
-            old = packed_size(self.num_blocks)
-            self.rows = _grown(self.rows, packed_size(blocks), dim=2)
-            # A row never written keeps its mass where it is: the identity.
-            diagonal = [packed_size(i + 1) - 1 for i in range(self.num_blocks, blocks)]
-            self.rows[..., old:] = 0
-            self.rows[..., torch.tensor(diagonal, device=self.rows.device)] = 1
+        self._grow_rows(blocks)
         self.num_blocks = blocks
+
+    def _grow_rows(self, blocks: int) -> None:
+        if self.rows is None or blocks == self.num_blocks:
+            return
+        old = packed_size(self.num_blocks)
+        self.rows = _grown(self.rows, packed_size(blocks), dim=2)
+        # A row never written keeps its mass where it is: the identity.
+        diagonal = [packed_size(i + 1) - 1 for i in range(self.num_blocks, blocks)]
+        self.rows[..., old:] = 0
+        self.rows[..., torch.tensor(diagonal, device=self.rows.device)] = 1
 
     def write_keys(
         self, index: Int[Tensor, "batch n"], real: Bool[Tensor, "batch n"], codes: Tensor, scales: Tensor | None

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sketch_walk.kernels.triton_sketch import PackedQueries
-from sketch_walk.kernels.triton_tiles import HIDDEN, LOG2_E, device_of, interpreted
+from sketch_walk.kernels.triton_tiles import HIDDEN, LOG2_E, device_of, interpreted, next_power_of_2
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -325,12 +325,12 @@ def unpack_keys(
     """int8 codes in tiles of `tile_blocks` blocks, sub-key by sub-key, as `_peaks` reads them."""
     batch, heads, blocks, payload = codes.shape
     half = payload // (2 * per_block)
-    tiles = triton.cdiv(blocks, tile_blocks)
+    tiles = -(-blocks // tile_blocks)
     make = torch.empty if 2 * half == columns else torch.zeros
     output = make(batch, heads, tiles, tile_blocks * per_block, columns, dtype=torch.int8, device=codes.device)
     _unpack[(tiles, heads, batch)](
         codes, output, *codes.stride()[:3], blocks, tiles,
-        TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block, HALF=half, PADDED_HALF=triton.next_power_of_2(half),
+        TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block, HALF=half, PADDED_HALF=next_power_of_2(half),
         COLUMNS=columns, num_warps=4,
     )  # fmt: skip
     return output
@@ -360,14 +360,14 @@ def peak_scores(
     tile_blocks = max(1, launch.columns // per_block)
     keys = unpack_keys(codes, tile_blocks, per_block, columns)
     tile_heads = max(h for h in range(1, group + 1) if group % h == 0 and h & (h - 1) == 0 and h * kept <= launch.rows)
-    tile_rows = max(1, min(launch.rows // (tile_heads * kept), triton.next_power_of_2(rows)))
+    tile_rows = max(1, min(launch.rows // (tile_heads * kept), next_power_of_2(rows)))
     lanes = max(16, tile_rows * tile_heads * kept)
     if lanes > tile_rows * tile_heads * kept:
         tile_rows = lanes // (tile_heads * kept)
-    groups = triton.cdiv(rows, tile_rows)
+    groups = -(-rows // tile_rows)
     processors = device_of(codes.device).processors
     programs = min(groups * (heads // tile_heads) * batch, processors * launch.per_processor)
-    width = triton.cdiv(keys.shape[2] * tile_blocks, CHUNK) * CHUNK
+    width = -(-keys.shape[2] * tile_blocks // CHUNK) * CHUNK
     scratch = torch.empty(programs, lanes, width, dtype=torch.float16, device=codes.device)
     scores = torch.zeros(batch, kv_heads if per_kv_head else 1, rows, blocks, dtype=torch.float32, device=codes.device)
     limit = {} if launch.max_registers is None or torch.version.hip else {"maxnreg": launch.max_registers}
@@ -403,11 +403,11 @@ def decode_peaks(
     group = heads // kv_heads
     tile_blocks = max(1, launch.sub_keys // per_block)
     peaks = torch.empty(batch, heads, blocks, dtype=torch.float32, device=codes.device)
-    _decode_peaks[(triton.cdiv(blocks, tile_blocks), kv_heads, batch)](
+    _decode_peaks[(-(-blocks // tile_blocks), kv_heads, batch)](
         queries.codes, queries.scales, codes, scales, length, peaks,
         *codes.stride()[:3], *scales.stride()[:2], heads, blocks, scale * LOG2_E,
-        GROUP=group, LANES=max(16, triton.next_power_of_2(group)), TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block,
-        KEY_SUB=key_sub_block, COLUMNS=columns, HALF=half, PADDED_HALF=max(32, triton.next_power_of_2(half)),
+        GROUP=group, LANES=max(16, next_power_of_2(group)), TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block,
+        KEY_SUB=key_sub_block, COLUMNS=columns, HALF=half, PADDED_HALF=max(32, next_power_of_2(half)),
         WIDEN=interpreted(), ASM=not interpreted() and torch.version.hip is None, num_warps=launch.num_warps,
     )  # fmt: skip
     return peaks

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketch_walk.kernels.triton_tiles import HIDDEN, padded_dim
+from sketch_walk.kernels.triton_tiles import HIDDEN, next_power_of_2, padded_dim
 from sketch_walk.layout import Layout
 
 if TYPE_CHECKING:
@@ -311,8 +311,8 @@ def _sizes(
     TILE blocks of RUNS lanes each: as many as `launch` says, fewer where the call has fewer blocks, 16 lanes at least.
     """
     per_block = block_size // sub_block
-    runs = triton.next_power_of_2(per_block)
-    tile = max(1, min(launch.lanes // runs, triton.next_power_of_2(blocks)))
+    runs = next_power_of_2(per_block)
+    tile = max(1, min(launch.lanes // runs, next_power_of_2(blocks)))
     return {
         "BLOCK": block_size, "TILE": max(tile, 16 // runs), "RUNS": runs, "PER_BLOCK": per_block, "HEAD_DIM": head_dim,
         "PADDED_DIM": padded_dim(head_dim), "WIDTH": width, "num_warps": launch.num_warps,
@@ -322,7 +322,7 @@ def _sizes(
 def _halves(width: int) -> dict[str, int]:
     """How the kernels that pack codes of `width` coordinates cut them."""
     half = (width + 1) // 2
-    return {"HALF": half, "PADDED_HALF": max(16, triton.next_power_of_2(half))}
+    return {"HALF": half, "PADDED_HALF": max(16, next_power_of_2(half))}
 
 
 def sketch_keys(
@@ -359,7 +359,7 @@ def sketch_keys(
     batch, heads, num_keys, head_dim = key.shape
     width = matrix.shape[1]
     sizes = _sizes(block_size, key_sub_block, num_blocks, head_dim, width, launch)
-    _sketch_keys[(triton.cdiv(num_blocks, sizes["TILE"]), heads, batch)](
+    _sketch_keys[(-(-num_blocks // sizes["TILE"]), heads, batch)](
         key, layout.key_index, layout.past, layout.length, matrix, codes, scales,
         *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience,
         **sizes, **_halves(width), INDEXED=layout.key_index is not None,
@@ -390,7 +390,7 @@ def sketch_queries(
     packed = _empty(batch, rows, heads, kept, width, query.device)
     if rows:
         sizes = _sizes(block_size, query_sub_block, rows, head_dim, width, launch)
-        _sketch_queries[(triton.cdiv(rows, sizes["TILE"]), heads, batch)](
+        _sketch_queries[(-(-rows // sizes["TILE"]), heads, batch)](
             query, layout.query_index, layout.past, layout.length, matrix, *packed,
             *query.stride()[:3], rows, num_queries, salience, contrast,
             **sizes, KEPT=kept, COLUMNS=packed.codes.shape[-1], INDEXED=layout.query_index is not None,
@@ -425,14 +425,14 @@ def sketch_step(
         packed.codes, packed.scales, *key.stride()[:3], *query.stride()[:3], *codes.stride()[:3],
         *scales.stride()[:3], num_keys, kv_heads, step, salience,
         **sizes, **_halves(width), COLUMNS=packed.codes.shape[-1], GROUP=group,
-        LANES=max(16, triton.next_power_of_2(group)), INDEXED=layout.key_index is not None,
+        LANES=max(16, next_power_of_2(group)), INDEXED=layout.key_index is not None,
     )  # fmt: skip
     return packed
 
 
 def _empty(batch: int, rows: int, heads: int, kept: int, width: int, device: torch.device) -> PackedQueries:
     shape = (batch, rows, heads, kept)
-    columns = max(32, triton.next_power_of_2(width))
+    columns = max(32, next_power_of_2(width))
     return PackedQueries(
         torch.empty(*shape, columns, dtype=torch.int8, device=device),
         torch.empty(shape, dtype=torch.float32, device=device),
