@@ -43,10 +43,18 @@ def timed(call: Any) -> tuple[float, Any]:
 
 
 def _chunks(
-    config: SketchWalkConfig, queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[list[dict[str, Any]], LayerSketch]:
-    """One prompt, `queries` again and again, and the state it leaves."""
+    config: SketchWalkConfig,
+    queries: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    walks: list[torch.Tensor] | None = None,
+) -> tuple[list[dict[str, Any]], LayerSketch, list[torch.Tensor]]:
+    """One prompt, `queries` again and again, the state it leaves and the walk of every chunk.
+
+    `walks` are those of a layer before: with them a config that walks takes its step.
+    """
     state = LayerSketch(config)
+    seen: list[torch.Tensor] = []
     tokens, chunk = key.shape[2], queries.shape[2]
     rows = []
     for start in tqdm(range(0, tokens, chunk), desc=f"density {config.density}, walk {config.walk}"):
@@ -54,7 +62,10 @@ def _chunks(
         query = queries[:, :, : stop - start]
         layout = make_layout(1, stop - start, stop, query.device)
         keys, values = key[:, :, :stop], value[:, :, :stop]
-        whole, result = timed(partial(sketch_walk_attention, query, keys, values, config, layout=layout, state=state))
+        walk = walks[len(seen)] if walks else None
+        attend = partial(sketch_walk_attention, query, keys, values, config, layout=layout, state=state, walk=walk)
+        whole, result = timed(attend)
+        seen.append(result.walk)
         absorbed, _ = timed(partial(absorb_keys, state, keys, layout, query))
         scored, _ = timed(partial(call_scores, state, query, layout, SCALE))
         first = start // config.block_size
@@ -71,7 +82,7 @@ def _chunks(
             }
         )
         assert result.output.isfinite().all()
-    return rows, state
+    return rows, state, seen
 
 
 def run(tokens: int, chunk: int, block: int, density: float, walk: str) -> dict[str, Any]:
@@ -80,9 +91,9 @@ def run(tokens: int, chunk: int, block: int, density: float, walk: str) -> dict[
     key, value = (torch.randn(1, KV_HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     queries = torch.randn(1, HEADS, chunk, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     # Every length that is met compiles or plans something the first time: the whole prompt goes through twice.
-    _chunks(config, queries, key, value)
+    *_, walks = _chunks(config, queries, key, value)
     torch.cuda.reset_peak_memory_stats()
-    rows, state = _chunks(config, queries, key, value)
+    rows, state, _ = _chunks(config, queries, key, value, walks if config.uses_walk else None)
     held = state.nbytes()
     cache = key.nbytes + value.nbytes
     total = sum(row["ms"] for row in rows)

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 IMPLEMENTATIONS = ("auto", "reference", "triton", "cute")
 
-# Prompt tokens below which dense attention is not slower, selector and state included. The CPU's is measured in
-# benchmarks/results/cpu_prompt.json. CUDA's is from an H100 with an earlier and slower selector; the present one was
-# measured from 65,536 tokens up only (benchmarks/results/gpu_prefill.json: 3.5 times the fastest dense kernel and up).
-# Other devices take CUDA's.
-PREFILL_CROSSOVER = {"cpu": 1536, "cuda": 32768}
-# Cached tokens below which a decode step is not slower dense: benchmarks/results/cpu_decode.json. On a GPU steps inside
-# CUDA graphs are measured (benchmarks/results/gpu_decode.json), eager ones, which the host's launches pace, are not.
+# Prompt tokens below which dense attention is not slower, selector and state included: measured in
+# benchmarks/results/cpu_prompt.json and, on an H100 beside the fastest dense kernel, in gpu_cross.json (at 8,192 tokens
+# the host's launches take as long as dense attention). Other devices take CUDA's.
+PREFILL_CROSSOVER = {"cpu": 1536, "cuda": 16384}
+# Cached tokens below which a decode step is not slower dense: benchmarks/results/cpu_decode.json. On a GPU the host's
+# launches pace an eager step (gpu_eager.json): it pays from 65,536 tokens in eight sequences, never in one. Inside CUDA
+# graphs it does (gpu_decode.json), and who captures one sets `dense_below`.
 DECODE_CROSSOVER = {"cpu": 8192, "cuda": 1 << 20}
 
 # Keys and queries from which "auto" prefers `cute` to `triton` in prefill, by major compute capability
