@@ -47,7 +47,7 @@ from sketch_walk.sketch import feature_width, payload_size
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "benchmarks" / "results"
 IMAGES = PROJECT / "docs" / "images"
-ABLATIONS = "ablations_*.json"
+ABLATIONS = "ablations_smollm2.json"
 # Under today's rule, and under the rules that came before it.
 QUALITY, PLAIN = "yardstick_smollm2_4k.json", "yardstick_smollm2_4k_plain.json"
 EARLIER, EARLIER_TRITON = "yardstick_smollm2_4k_mass.json", "yardstick_smollm2_4k_mass_triton.json"
@@ -467,18 +467,27 @@ def bench_notes(data: dict[str, Any], name: str) -> str:
 def quality_note(timed: Iterable[tuple[int, float]]) -> str:
     """Which of some settings, each a block size and a density, have their quality in `QUALITY`, and which have not."""
     fields_read = {"block_size", "density", "min_blocks"}
-    configs = [row["config"] for row in quality()[1] if row["config"].keys() <= fields_read]
+    data, rows = quality()
     block = SketchWalkConfig().block_size
-    reported = {(config.get("block_size", block), config["density"]) for config in configs}
+    read = {
+        (row["config"].get("block_size", block), row["config"]["density"]): row["block_density"]
+        for row in rows
+        if row["config"].keys() <= fields_read
+    }
     named: dict[bool, list[str]] = {}
     for setting in dict.fromkeys(timed):
-        named.setdefault(setting in reported, []).append("block {} at density {:g}".format(*setting))
+        # A line must not end between the figure and its sign.
+        share = f" ({percent(read[setting])})".replace(" %", "\u00a0%") if setting in read else ""
+        named.setdefault(setting in read, []).append("block {} at density {:g}".format(*setting) + share)
     if not named:
         return ""
     known, unknown = (", ".join(named.get(there, [])) for there in (True, False))
     if not known:
         return f"`{QUALITY}` does not have the quality of {unknown}."
-    return f"`{QUALITY}` has the quality of {known}{', not of ' if unknown else ''}{unknown}."
+    return (
+        f"`{QUALITY}` has, with the blocks in brackets that its prompts of {data['tokens']:,} tokens read, the quality "
+        f"of {known}{', not of ' if unknown else ''}{unknown}."
+    )
 
 
 def beside_dense(data: dict[str, Any], kind: str) -> Iterable[tuple[dict[str, Row], Row]]:
@@ -595,7 +604,15 @@ def gpu_short() -> str:
     text = f"Milliseconds of one layer's prompt, automatic path (`dense_below=None`), {bench_setting(data, SHORT)}"
     names = (DENSE_NAMES[name] for name in data["options"]["baselines"])
     head = ("tokens", *names, "automatic (quartiles)", "what ran", "fastest dense / automatic")
-    return wrapped(text) + "\n\n" + table(head, body, left=0)
+    return "\n\n".join([wrapped(text), table(head, body, left=0), *_sparse_by_now(data)])
+
+
+def _sparse_by_now(data: dict[str, Any]) -> Iterable[str]:
+    """A sentence when rows of the automatic path ran dense at lengths where it would now be sparse."""
+    first = kernels.PREFILL_CROSSOVER["cuda"]
+    dense = [row["tokens"] for _, row in beside_dense(data, "automatic") if row["impl"] == "dense"]
+    if any(tokens >= first for tokens in dense):
+        yield wrapped(f"These rows are from before the automatic path was made sparse from {first:,} tokens on.")
 
 
 def quartiles(row: Row, digits: int = 3) -> str:
@@ -1442,30 +1459,29 @@ def _default(value: Any) -> str:
 
 
 def ablation(group: str) -> str:
-    """Region: one group of ablations, from every file that has it: its setting, its picture, a table a length."""
-    parts = []
-    for path in sorted(RESULTS.glob(ABLATIONS)):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        entry = data["groups"].get(group)
-        if entry is None:
-            continue
-        parts.append(wrapped(_ablation_setting(path, data["header"])))
-        picture = IMAGES / path.stem / f"{group}.png"
-        if picture.is_file():
-            parts.append(f"![{entry['question']}]({picture.relative_to(PROJECT / 'docs').as_posix()})")
-        for length, measured in sorted(entry["tokens"].items(), key=lambda item: int(item[0])):
-            parts.append(wrapped(_ablation_samples(entry["measure"], int(length), measured["samples"])))
-            left = 1 if entry["measure"] == "prompt" else 2
-            parts.append(table(("attention", *header(entry, length)[1:]), body(entry, length), left=left))
-    return "\n\n".join(parts) or f"Not measured in this checkout yet (`benchmarks/results/{ABLATIONS}`)."
+    """Region: one group of ablations: its picture, and a table a length."""
+    entry = required(ABLATIONS)["groups"].get(group)
+    if entry is None:
+        return f"Not measured in this checkout yet (`benchmarks/results/{ABLATIONS}`)."
+    picture = IMAGES / Path(ABLATIONS).stem / f"{group}.png"
+    parts = [f"![{entry['question']}]({picture.relative_to(PROJECT / 'docs').as_posix()})"] if picture.is_file() else []
+    # Seconds are no speed: rows were measured in processes side by side.
+    left, last = (1, -1) if entry["measure"] == "prompt" else (2, None)
+    for length, measured in sorted(entry["tokens"].items(), key=lambda item: int(item[0])):
+        parts.append(wrapped(_ablation_samples(entry["measure"], int(length), measured["samples"])))
+        rows = (row[:last] for row in body(entry, length))
+        parts.append(table(("attention", *header(entry, length)[1:last]), rows, left=left))
+    return "\n\n".join(parts)
 
 
-def _ablation_setting(path: Path, made: dict[str, Any]) -> str:
+def ablation_setting() -> str:
+    """Region: the model and the machine of every group."""
+    made = required(ABLATIONS)["header"]
     names = [name for name in ("torch", "triton", "transformers") if made["versions"][name]]
     versions = ", ".join(f"{name} {made['versions'][name]}" for name in names)
-    return (
+    return wrapped(
         f"{made['model'][0].upper()}{made['model'][1:]}, {made['dtype']}, {made['device']}, {versions}, "
-        f"kernel `{made['kernel']}`. Source: `benchmarks/results/{path.name}`."
+        f"kernel `{made['kernel']}`. Source: `benchmarks/results/{ABLATIONS}`."
     )
 
 
@@ -1489,6 +1505,7 @@ def ablation_regions() -> dict[str, Callable[[], str]]:
 
 REGIONS: dict[str, Callable[[], str]] = {
     **ablation_regions(),
+    "ablation-setting": ablation_setting,
     "readme-results": readme_results,
     "speed": speed,
     "quality": quality_today,
