@@ -288,6 +288,27 @@ def test_aims_are_judged_by_the_results(generate: ModuleType, monkeypatch: pytes
         assert cells[-1] == (f"**{factor:.2f}×**" if factor < 1.7 else f"{factor:.2f}×")
 
 
+def test_aims_of_quality_are_judged_by_the_runs(
+    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = generate.required(generate.QUALITY)
+    rows = cells_after(generate.quality_aims())
+    assert [cells[0] for cells in rows] == ["0.2", "0.1"]
+    for density, *cells in rows:
+        (run,) = (r for r in data["results"] if r["config"] == {"density": float(density), "min_blocks": 4})
+        assert [float(cell) for cell in cells[1:6:2]] == pytest.approx(
+            [run[task]["accuracy"] for task in generate.TASKS], abs=6e-4
+        )
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    for nll in (3.2551, 3.2549):
+        for run in data["results"]:
+            if run["config"] == generate.BASE:
+                run["prose_nll"] = nll
+        (tmp_path / generate.QUALITY).write_text(json.dumps(data), encoding="utf-8")
+        line = next(line for line in generate.quality_aims().splitlines() if line.startswith("| 0.2 "))
+        assert ("**" in line) is (nll > 3.255)
+
+
 def test_speed_names_the_quality_of_its_settings(generate: ModuleType) -> None:
     assert generate.quality_note([]) == ""
     read = {(64, 0.2): "22.5", (64, 0.1): "14.1"}
@@ -300,7 +321,7 @@ def test_speed_names_the_quality_of_its_settings(generate: ModuleType) -> None:
     assert both.startswith(
         f"`{generate.QUALITY}` has, with the blocks in brackets that its prompts of 4,000 tokens read"
     )
-    assert both.endswith("the quality of block 64 at density 0.2 (22.5 %), not of block 128 at density 0.3.")
+    assert both.endswith("the quality of block 64 at density 0.2 (22.5\u00a0%), not of block 128 at density 0.3.")
     assert "does not have the quality of block 32 at density 0.3." in generate.quality_note([(32, 0.3)])
 
 
