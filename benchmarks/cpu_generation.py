@@ -34,7 +34,9 @@ RUNS: list[tuple[dict[str, Any] | None, str]] = [
     (BASE, "prefill"),
     (BASE, "decode"),
     ({**BASE, "dense_tail_blocks": 1}, "both"),
+    ({**BASE, "dense_tail_blocks": 4}, "both"),
     ({**BASE, "density": 0.1, "dense_tail_blocks": 1}, "both"),
+    ({**BASE, "density": 0.1, "dense_tail_blocks": 4}, "both"),
 ]
 
 
@@ -48,12 +50,20 @@ def main() -> None:
     """Run, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
+    # Not a whole number of blocks, as prompts are; the answer then begins in the question's block.
     parser.add_argument("--tokens", type=int, default=3000)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds already")
     args = parser.parse_args()
+    known = json.loads(args.out.read_text(encoding="utf-8"))["results"] if args.resume and args.out.exists() else []
     loaded = load()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for fields, mode in tqdm(RUNS):
+        config = fields or {"rule": "dense"}
+        same = [row for row in known if row["config"] == config and row["mode"] == mode]
+        if same:
+            rows += same
+            continue
         settings: dict[str, Any] = {
             "tasks": TASKS,
             "lengths": (args.tokens,),
@@ -71,7 +81,7 @@ def main() -> None:
             with enable(loaded.model, SketchWalkConfig(**fields), mode=mode):
                 result = evaluate(loaded.model, loaded.tokenizer, **settings)
         row = {
-            "config": fields or {"rule": "dense"},
+            "config": config,
             "mode": mode,
             **score(result),
             "block_density": round(density, 4),

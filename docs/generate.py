@@ -48,6 +48,9 @@ PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "benchmarks" / "results"
 IMAGES = PROJECT / "docs" / "images"
 ABLATIONS = "ablations_smollm2.json"
+# Plans beside benchmarks/ablations.json, and groups that were measured elsewhere than the others.
+OTHER_PLANS = ("ablations_question.json",)
+OTHER_ABLATIONS = {"question-block": "ablations_question_cpu.json", "decode": "ablations_decode_cpu.json"}
 # Under today's rule, and under the rules that came before it.
 QUALITY, PLAIN = "yardstick_smollm2_4k.json", "yardstick_smollm2_4k_plain.json"
 EARLIER, EARLIER_TRITON = "yardstick_smollm2_4k_mass.json", "yardstick_smollm2_4k_mass_triton.json"
@@ -1483,12 +1486,16 @@ def _default(value: Any) -> str:
 
 
 def ablation(group: str) -> str:
-    """Region: one group of ablations: its picture, and a table a length."""
-    entry = required(ABLATIONS)["groups"].get(group)
-    if entry is None:
-        return f"Not measured in this checkout yet (`benchmarks/results/{ABLATIONS}`)."
-    picture = IMAGES / Path(ABLATIONS).stem / f"{group}.png"
-    parts = [f"![{entry['question']}]({picture.relative_to(PROJECT / 'docs').as_posix()})"] if picture.is_file() else []
+    """Region: one group of ablations: its picture, a table a length, and its machine if it is not that of the rest."""
+    name = OTHER_ABLATIONS.get(group, ABLATIONS)
+    data = read(name)
+    entry = None if data is None else data["groups"].get(group)
+    if data is None or entry is None:
+        return f"Not measured in this checkout yet (`benchmarks/results/{name}`)."
+    picture = IMAGES / Path(name).stem / f"{group}.png"
+    parts = [wrapped(_ablation_setting(name, data["header"]))] if group in OTHER_ABLATIONS else []
+    if picture.is_file():
+        parts.append(f"![{entry['question']}]({picture.relative_to(PROJECT / 'docs').as_posix()})")
     # Seconds are no speed: rows were measured in processes side by side.
     left, last = (1, -1) if entry["measure"] == "prompt" else (2, None)
     for length, measured in sorted(entry["tokens"].items(), key=lambda item: int(item[0])):
@@ -1499,13 +1506,16 @@ def ablation(group: str) -> str:
 
 
 def ablation_setting() -> str:
-    """Region: the model and the machine of every group."""
-    made = required(ABLATIONS)["header"]
-    names = [name for name in ("torch", "triton", "transformers") if made["versions"][name]]
-    versions = ", ".join(f"{name} {made['versions'][name]}" for name in names)
-    return wrapped(
+    """Region: the model and the machine of every group that does not name its own."""
+    return wrapped(_ablation_setting(ABLATIONS, required(ABLATIONS)["header"]))
+
+
+def _ablation_setting(name: str, made: dict[str, Any]) -> str:
+    packages = [package for package in ("torch", "triton", "transformers") if made["versions"][package]]
+    versions = ", ".join(f"{package} {made['versions'][package]}" for package in packages)
+    return (
         f"{made['model'][0].upper()}{made['model'][1:]}, {made['dtype']}, {made['device']}, {versions}, "
-        f"kernel `{made['kernel']}`. Source: `benchmarks/results/{ABLATIONS}`."
+        f"kernel `{made['kernel']}`. Source: `benchmarks/results/{name}`."
     )
 
 
@@ -1522,9 +1532,9 @@ def _ablation_samples(measure: str, tokens: int, samples: dict[str, Any]) -> str
 
 
 def ablation_regions() -> dict[str, Callable[[], str]]:
-    """A region for each group of the committed plan."""
-    plan = read_plan(PROJECT / "benchmarks" / "ablations.json")
-    return {f"ablation-{group.name}": partial(ablation, group.name) for group in plan.groups}
+    """A region for each group of the committed plans."""
+    plans = [read_plan(PROJECT / "benchmarks" / name) for name in ("ablations.json", *OTHER_PLANS)]
+    return {f"ablation-{group.name}": partial(ablation, group.name) for plan in plans for group in plan.groups}
 
 
 REGIONS: dict[str, Callable[[], str]] = {

@@ -667,6 +667,19 @@ def test_custom_mask_of_queries_by_keys_is_obeyed(llama: PreTrainedModel, ids: T
     assert distance(actual, expected) <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"), [({"sketch_dim": 8}, True), ({}, False), ({"sketch_dim": 8, "use_srht": False}, False)]
+)
+def test_a_sample_of_the_coordinates_is_told(
+    llama: PreTrainedModel, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], told: bool
+) -> None:
+    with enable(llama, replace(SPARSE, **changes)):
+        pass
+    messages = [record.getMessage() for record in caplog.records if record.name == "sketch_walk"]
+    assert len(messages) == told
+    assert not told or ("sketch_dim=8" in messages[0] and "16 coordinates" in messages[0])
+
+
 # Undo.
 
 

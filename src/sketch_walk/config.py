@@ -327,16 +327,16 @@ class SketchWalkConfig:
         return min(available, wanted)
 
 
-# Four promised numbers each. What goes beyond them: the dense tail, which costs a long prompt next to nothing and finds
-# most of the generated answers that a sparse one loses (benchmarks/results/cpu_generation.json).
+# Four promised numbers each. What goes beyond them: a dense tail of 256 tokens, room for a question. It costs a long
+# prompt next to nothing and finds what a sparse question block loses (benchmarks/results/ablations_question_cpu.json).
 PRESETS: dict[str, SketchWalkConfig] = {
     "default": SketchWalkConfig(),
     "high_quality": SketchWalkConfig(
-        block_size=32, sketch_dim=128, top_k_blocks=32, sparsity_exponent=4, dense_tail_blocks=1
+        block_size=32, sketch_dim=128, top_k_blocks=32, sparsity_exponent=4, dense_tail_blocks=8
     ),
     "high_speed": SketchWalkConfig(block_size=128, sketch_dim=32, top_k_blocks=8, sparsity_exponent=16),
     "long_context": SketchWalkConfig(
-        block_size=128, sketch_dim=128, top_k_blocks=32, sparsity_exponent=8, dense_tail_blocks=1
+        block_size=128, sketch_dim=128, top_k_blocks=32, sparsity_exponent=8, dense_tail_blocks=2
     ),
 }
 

@@ -8,6 +8,7 @@ pass stands in it. Sketches live in the layers of the KV cache. No modeling file
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -51,6 +52,7 @@ for constant in (sketch_matrix, row_counts):
     torch.compiler.assume_constant_result(constant)
 
 NAME = "sketch_walk"
+LOGGER = logging.getLogger(NAME)
 MODES = ("both", "prefill", "decode")
 # Deferred queries of dense calls are taken in at this many tokens, to bound their memory.
 MAX_PENDING = 4096
@@ -244,6 +246,11 @@ def enable(
     ------
     TypeError, ValueError
         For a model that cannot be supported, or one that is enabled already. The model is then untouched.
+
+    Notes
+    -----
+    A ``sketch_dim`` below the model's head dimension samples coordinates, and loses what the others tell: the logger
+    ``sketch_walk`` warns of it.
     """
     config = SketchWalkConfig() if config is None else config
     if not isinstance(config, SketchWalkConfig):
@@ -254,7 +261,21 @@ def enable(
     _check_model(model)
     handle = SketchWalkHandle(model, config, mode, record, impl)
     handle._install(model)
+    _tell_of_sampling(model, config)
     return handle
+
+
+def _tell_of_sampling(model: PreTrainedModel, config: SketchWalkConfig) -> None:
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if config.use_srht and config.sketch_dim < head_dim:
+        LOGGER.warning(
+            "sketch_dim=%d keeps a sample of the %d coordinates of this model's heads, and selects worse for it; "
+            "sketch_dim=%d keeps them all",
+            config.sketch_dim,
+            head_dim,
+            head_dim,
+        )
 
 
 def _is_one_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
