@@ -420,6 +420,7 @@ def test_the_page_waits_for_its_files_and_shows_them(
     monkeypatch.setattr(generate, "PROJECT", tmp_path)
     monkeypatch.setattr(generate, "IMAGES", tmp_path / "docs" / "images")
     monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    monkeypatch.setattr(generate, "OTHER_ABLATIONS", dict.fromkeys(("rules", "steps"), "ablations_tiny.json"))
     assert generate.ablation("rules").startswith("Not measured in this checkout yet")
     cli.json = tmp_path / "ablations_tiny.json"
     cli("--groups", "rules,steps", "--plots", str(tmp_path / "docs" / "images" / "ablations_tiny"))
