@@ -133,7 +133,7 @@ def sketch(target: Target, padded: bool) -> int:
     """Keys and queries, sketched, of a prompt and of a decode step."""
     own = {
         **triton_sketch._halves(HEAD_DIM), "KEPT": KEPT, "COLUMNS": HEAD_DIM, "LANES": 16, "GROUP": HEADS // KV_HEADS,
-        "INDEXED": padded, **({} if padded else {"key_index": None, "query_index": None}),
+        "UNROLL": 4, "INDEXED": padded, **({} if padded else {"key_index": None, "query_index": None}),
     }  # fmt: skip
     size = 0
     for kernel, blocks, launch, pointers in (

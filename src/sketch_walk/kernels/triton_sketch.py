@@ -28,8 +28,9 @@ class SketchLaunch(NamedTuple):
 
 
 LAUNCH = SketchLaunch(32, 2)
-# A decode step has one block, and a program for it: more warps.
+# A decode step has one block, and a program for it: more warps, and the tokens of a run read at once.
 STEP_LAUNCH = SketchLaunch(16, 4)
+MOST_UNROLLED = 8
 
 
 class PackedQueries(NamedTuple):
@@ -271,7 +272,7 @@ def _sketch_step(
     num_keys, kv_heads, step_of_spread, salience,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, INDEXED: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, INDEXED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One new token per sequence: its block of one head, or the queries of one group of heads."""
     task, sequence = tl.program_id(0), tl.program_id(1)
@@ -280,7 +281,7 @@ def _sketch_step(
         _sketch_blocks(
             key, key_index, length, matrix, codes, scales, seen // BLOCK, task, sequence, k_batch, k_head, k_token,
             c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
-            BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, HALF, PADDED_HALF, INDEXED, BLOCK // PER_BLOCK,
+            BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, HALF, PADDED_HALF, INDEXED, UNROLL,
         )  # fmt: skip
     else:
         lane = tl.arange(0, LANES)
@@ -426,6 +427,7 @@ def sketch_step(
         *scales.stride()[:3], num_keys, kv_heads, step, salience,
         **sizes, **_halves(width), COLUMNS=packed.codes.shape[-1], GROUP=group,
         LANES=max(16, next_power_of_2(group)), INDEXED=layout.key_index is not None,
+        UNROLL=min(MOST_UNROLLED, key_sub_block),
     )  # fmt: skip
     return packed
 
