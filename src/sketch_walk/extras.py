@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 
 class MissingExtraError(ImportError):
     """An optional package is not installed."""
+
+
+def is_installed(module: str) -> bool:
+    """Whether a top-level module is there, without importing it."""
+    return importlib.util.find_spec(module) is not None
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -136,12 +136,13 @@ def head_shape(model: PreTrainedModel) -> HeadShape:
     ValueError
         If some layers do not attend to the whole context: their dense kernels would need a mask.
     """
+    from sketch_walk.integrations.transformers import head_dim_of
+
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
     if kinds != {"full_attention"}:
         raise ValueError(f"the model has layers of types {sorted(kinds)}; only full attention is timed")
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return HeadShape(config.num_attention_heads, config.num_key_value_heads, dim)
+    return HeadShape(config.num_attention_heads, config.num_key_value_heads, head_dim_of(model))
 
 
 @torch.no_grad()

@@ -265,9 +265,14 @@ def enable(
     return handle
 
 
+def head_dim_of(model: PreTrainedModel) -> int:
+    """Coordinates of a query, as the model's config says."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def _tell_of_sampling(model: PreTrainedModel, config: SketchWalkConfig) -> None:
-    text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = head_dim_of(model)
     if config.use_srht and config.sketch_dim < head_dim:
         LOGGER.warning(
             "sketch_dim=%d keeps a sample of the %d coordinates of this model's heads, and selects worse for it; "

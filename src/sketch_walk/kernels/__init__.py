@@ -7,7 +7,6 @@ back.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sketch_walk.config import SketchWalkConfig
-from sketch_walk.extras import MissingExtraError
+from sketch_walk.extras import MissingExtraError, is_installed
 from sketch_walk.kernels import flash_cute
 from sketch_walk.kernels.dense import attend_dense
 from sketch_walk.kernels.reference import attend_selected
@@ -347,15 +346,11 @@ def _takes_triton(impl: str, x: Tensor) -> bool:
     if impl == "reference" or (impl == "auto" and (not x.is_cuda or torch.compiler.is_compiling())):
         return False
     # A tensor on a GPU says that there is one.
-    return _triton_is_installed() if x.is_cuda else _why_no_triton() is None
-
-
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return is_installed("triton") if x.is_cuda else _why_no_triton() is None
 
 
 def _why_no_triton() -> str | None:
-    if not _triton_is_installed():
+    if not is_installed("triton"):
         return 'triton is not installed; run: pip install "sketch_walk[triton]"'
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -365,7 +360,7 @@ def _why_no_triton() -> str | None:
 def _why_no_cute() -> str | None:
     if not flash_cute.is_installed():
         return 'flash-attn-4 is not installed; run: pip install "sketch_walk[hopper]"'
-    if not _triton_is_installed():
+    if not is_installed("triton"):
         return 'triton is not installed; run: pip install "sketch_walk[hopper]"'
     if not torch.cuda.is_available() or torch.version.hip is not None:
         return "no NVIDIA GPU is visible"

@@ -5,7 +5,6 @@ Torch's SDPA, unless another installed kernel has been measured to be faster on 
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sketch_walk.extras import is_installed
 from sketch_walk.kernels import flash_cute
 from sketch_walk.layout import Layout
 
@@ -56,7 +56,7 @@ def _why_not(name: str, query: Tensor, key: Tensor, value: Tensor) -> str | None
 
 def _step_with_triton(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attend_filled` serves: on a GPU with Triton, outside compiled graphs, without gradients."""
-    if not query.is_cuda or torch.compiler.is_compiling() or importlib.util.find_spec("triton") is None:
+    if not query.is_cuda or torch.compiler.is_compiling() or not is_installed("triton"):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         return False

@@ -185,8 +185,8 @@ def _sketch_blocks(
 
 
 @triton.jit
-def _round_queries(values, COLUMNS: tl.constexpr):
-    """Codes [rows, COLUMNS] as int8 and scales [rows] of rotated queries."""
+def _round_queries(values):
+    """Codes [rows, columns] as int8 and scales [rows] of rotated queries."""
     scale = tl.maximum(tl.max(tl.abs(values), 1) / 127.0, 1.1754944e-38)
     return tl.floor(values * (1.0 / scale)[:, None] + 0.5).to(tl.int8), scale
 
@@ -253,7 +253,7 @@ def _sketch_queries(
         kept = (ahead < KEPT) & of_block
         place = tl.sum((kept[:, None, :] & earlier).to(tl.int32), 2)
     kept_lane = tl.reshape(kept, [TILE * RUNS]) & (first_row + lane // RUNS < num_rows)
-    rounded, scale = _round_queries(values, COLUMNS)
+    rounded, scale = _round_queries(values)
     last = tl.minimum(start + (lane // RUNS) * BLOCK + (lane % RUNS) * SUB + SUB - 1, end - 1)
     first_slot = (sequence.to(tl.int64) * num_rows + first_row) * tl.num_programs(1) + head
     slot = (lane // RUNS) * (tl.num_programs(1) * KEPT) + tl.reshape(place, [TILE * RUNS])
@@ -297,7 +297,7 @@ def _sketch_step(
             other=0.0,
         )
         column = tl.arange(0, COLUMNS)
-        rounded, scale = _round_queries(_rotate(queries.to(tl.float32), matrix, dim, column, HEAD_DIM, WIDTH), COLUMNS)
+        rounded, scale = _round_queries(_rotate(queries.to(tl.float32), matrix, dim, column, HEAD_DIM, WIDTH))
         slot = (sequence.to(tl.int64) * kv_heads + task - kv_heads) * GROUP
         inside = (lane < GROUP)[:, None] & (column >= 0)[None, :]
         tl.store(query_codes + slot * COLUMNS + (lane[:, None] * COLUMNS + column[None, :]), rounded, mask=inside)
@@ -338,7 +338,6 @@ def sketch_keys(
     key_sub_block: int,
     step: float,
     salience: float,
-    launch: SketchLaunch = LAUNCH,
 ) -> None:
     """Write codes and scales of the blocks that the call touches, from each sequence's first open one on.
 
@@ -359,7 +358,7 @@ def sketch_keys(
         return
     batch, heads, num_keys, head_dim = key.shape
     width = matrix.shape[1]
-    sizes = _sizes(block_size, key_sub_block, num_blocks, head_dim, width, launch)
+    sizes = _sizes(block_size, key_sub_block, num_blocks, head_dim, width, LAUNCH)
     _sketch_keys[(-(-num_blocks // sizes["TILE"]), heads, batch)](
         key, layout.key_index, layout.past, layout.length, matrix, codes, scales,
         *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience,
@@ -377,7 +376,6 @@ def sketch_queries(
     kept: int,
     salience: float,
     contrast: float,
-    launch: SketchLaunch = LAUNCH,
 ) -> PackedQueries:
     """The `kept` most salient sub-queries per head of every query block of the call.
 
@@ -390,7 +388,7 @@ def sketch_queries(
     rows, width = layout.num_query_blocks(block_size), matrix.shape[1]
     packed = _empty(batch, rows, heads, kept, width, query.device)
     if rows:
-        sizes = _sizes(block_size, query_sub_block, rows, head_dim, width, launch)
+        sizes = _sizes(block_size, query_sub_block, rows, head_dim, width, LAUNCH)
         _sketch_queries[(-(-rows // sizes["TILE"]), heads, batch)](
             query, layout.query_index, layout.past, layout.length, matrix, *packed,
             *query.stride()[:3], rows, num_queries, salience, contrast,
