@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from sketch_walk import SketchWalkConfig, kernels
@@ -36,9 +39,11 @@ from sketch_walk.bench.memory import LiveBytes, founding_bytes, num_rows, peak_o
 from sketch_walk.bench.model import REGISTERED, ModelOptions, dense_model, head_shape, run_model
 from sketch_walk.bench.random_model import LlamaShape, random_llama
 from sketch_walk.bench.record import compare, environment, resolve_device
+from sketch_walk.bench.stages import StageRow
 from sketch_walk.bench.timing import NotCapturableError, capture
 from sketch_walk.cli import main
 from sketch_walk.cli.bench import parse_settings
+from sketch_walk.cli.bench_report import attention_tables, stage_tables
 from sketch_walk.layout import make_layout
 from sketch_walk.selection import BlockSelection
 from sketch_walk.sketch import payload_size
@@ -82,10 +87,39 @@ def test_measure_counts_and_orders() -> None:
     assert len(calls) == 8
     assert 2 <= timing.low_ms <= timing.median_ms <= timing.high_ms
     assert timing.repeats == 5
+    assert (timing.host_paced, timing.host_ms) == (False, None)
     one = measure(call, CPU, 1)
     assert one.low_ms == one.median_ms == one.high_ms
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         measure(call, CPU, 0)
+
+
+def test_a_time_that_the_host_paced_is_marked() -> None:
+    def row(method: str, **about: Any) -> Row:
+        return Row("prefill", 1, 64, method, "dense", timing=Timing(1.25, 1.0, 1.5, 3, **about))
+
+    paced, free = row("sdpa", host_paced=True, host_ms=1.23456789), row("sdpa-flash")
+    assert paced.to_dict().items() >= {"host_paced": True, "host_ms": 1.2346, "median_ms": 1.25}.items()
+    assert free.to_dict()["host_paced"] is False
+    assert "host_ms" not in free.to_dict()
+
+    def drawn(tables: list[Table]) -> str:
+        console = Console(width=160, record=True, file=io.StringIO())
+        for table in tables:
+            console.print(table)
+        return console.export_text()
+
+    text = drawn(attention_tables([paced, free]))
+    assert text.count("1.250 *") == 1
+    assert text.count("1.250") == 2
+    assert "* the device waited for the host" in text
+    assert "*" not in drawn(attention_tables([free]))
+    own, slow = Timing(2.0, 2.0, 2.0, 1), Timing(1.0, 1.0, 1.0, 1, host_paced=True)
+    stages = StageRow("prefill", 1, 64, "auto", 32, 0.2, stages={"scores": slow, "attend": own}, layer=own)
+    text = drawn(stage_tables([stages]))
+    assert text.count("1.000 *") == 1
+    assert "* the device waited for the host" in text
+    assert stages.to_dict()["stages_ms"]["scores"]["host_paced"] is True
 
 
 def test_capture_needs_a_gpu() -> None:

@@ -84,9 +84,11 @@ class Row:
 
 
 def timing_dict(timing: Timing) -> dict[str, Any]:
-    """A timing with sensible digits."""
+    """A timing with sensible digits; what it does not have is left out."""
     return {
-        name: value if isinstance(value, int) else float(f"{value:.5g}") for name, value in timing._asdict().items()
+        name: value if isinstance(value, int) else float(f"{value:.5g}")
+        for name, value in timing._asdict().items()
+        if value is not None
     }
 
 

@@ -10,20 +10,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Read between repeats, so that no repeat finds its inputs in the L2 cache: above the 50 MB of an H100's. Read, as a
-# model's weights are between two layers' attention: what is written has to leave the cache while the call is timed.
-FLUSH_BYTES = 256 << 20
-# Reads of that buffer before the first repeat: milliseconds in which the host queues repeats ahead of the device.
-HEAD_START = 40
+from sketch_walk.bench.device_time import Gpu, device_times
 
 
 class Timing(NamedTuple):
-    """Milliseconds of one call: median, lower and upper quartile, and how many repeats they come from."""
+    """Milliseconds of one call: median, lower and upper quartile, and how many repeats they come from.
+
+    On a GPU also `host_ms`, the median of what the host took to enqueue a call: a program that keeps no queue takes the
+    longer of the two times. `host_paced` says that the device may have waited for the host while it was timed, so that
+    the times are not the device's alone.
+    """
 
     median_ms: float
     low_ms: float
     high_ms: float
     repeats: int
+    host_paced: bool = False
+    host_ms: float | None = None
 
 
 class Captured(NamedTuple):
@@ -52,9 +55,9 @@ def measure(
     call : callable
         Run `warm_up` times untimed, then `repeats` times.
     device : torch.device
-        On a GPU: time between two events on the current stream around each repeat; all repeats are queued before the
-        first is waited for, and the device is kept busy while the host gets ahead, so the host's pace shows only where
-        it is the slower one for long. Elsewhere: wall clock.
+        On a GPU: time between two events on the current stream around each repeat. The device is kept busy while the
+        host enqueues repeats, for as long as that takes, and each repeat is seen to be enqueued before the device
+        begins it; see `Timing.host_paced` where that fails. Elsewhere: wall clock.
     flush : bool
         Empty the GPU's L2 cache before each repeat. Nothing on a CPU.
 
@@ -65,11 +68,28 @@ def measure(
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
-    for _ in range(warm_up):
+    host_ms = _warm_up(call, device, warm_up)
+    if device.type != "cuda":
+        return _timing(_wall_times(call, repeats))
+    found = device_times(call, Gpu(device), repeats, flush=flush, host_ms=host_ms)
+    return _timing(found.ms)._replace(host_paced=found.host_paced, host_ms=statistics.median(found.host_ms))
+
+
+def _warm_up(call: Callable[[], Any], device: torch.device, count: int) -> float:
+    """Milliseconds of the host for the last of `count` calls, on an idle GPU only the enqueuing; 0 for none."""
+    begin = end = 0.0
+    for _ in range(count):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
         call()
-    times = _device_times(call, device, repeats, flush) if device.type == "cuda" else _wall_times(call, repeats)
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if repeats > 1 else times * 3
-    return Timing(median, low, high, repeats)
+        end = time.perf_counter()
+    return 1e3 * (end - begin)
+
+
+def _timing(times: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+    return Timing(median, low, high, len(times))
 
 
 def _wall_times(call: Callable[[], Any], repeats: int) -> list[float]:
@@ -79,22 +99,6 @@ def _wall_times(call: Callable[[], Any], repeats: int) -> list[float]:
         call()
         times.append(1e3 * (time.perf_counter() - begin))
     return times
-
-
-def _device_times(call: Callable[[], Any], device: torch.device, repeats: int, flush: bool) -> list[float]:
-    scratch = torch.zeros(FLUSH_BYTES // 4, device=device)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    torch.cuda.synchronize(device)
-    for _ in range(HEAD_START):
-        scratch.amax()
-    for begin, end in events:
-        if flush:
-            scratch.amax()
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize(device)
-    return [begin.elapsed_time(end) for begin, end in events]
 
 
 def capture(call: Callable[[], Any], device: torch.device) -> Captured:

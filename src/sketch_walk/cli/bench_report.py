@@ -19,6 +19,7 @@ from sketch_walk.bench.memory import MemoryRow
 from sketch_walk.bench.model import ModelOptions
 from sketch_walk.bench.record import FLASH, Row, environment
 from sketch_walk.bench.stages import StageRow
+from sketch_walk.bench.timing import Timing
 from sketch_walk.cli.format import bytes_text, percent_text
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import require
@@ -27,6 +28,8 @@ from sketch_walk.plots import Curve, plot_speed_up_against_length, plot_stage_br
 AnyRow = Row | StageRow | MemoryRow
 R = TypeVar("R", Row, StageRow, MemoryRow)
 
+# Behind a time that is not the device's alone.
+HOST_PACED = " *"
 # What a table needs when nobody's terminal bounds it.
 PIPED_WIDTH = 120
 
@@ -196,14 +199,14 @@ def attention_tables(rows: Sequence[Row]) -> list[Table]:
                 row.kind + (", graph" if row.graph else ""),
                 "" if row.block_size is None else str(row.block_size),
                 _density_text(row),
-                _ms_text(row.timing.median_ms),
+                _timing_text(row.timing),
                 f"{_ms_text(row.timing.low_ms)} - {_ms_text(row.timing.high_ms)}",
                 "" if row.tflops is None else f"{row.tflops:.3g}",
                 _times_text(row.over_flash),
                 _times_text(row.over_fastest_dense) + fastest,
             )
         if table.row_count:
-            tables.append(table)
+            tables.append(_explained(table))
     return tables
 
 
@@ -224,11 +227,11 @@ def stage_tables(rows: Sequence[StageRow]) -> list[Table]:
         ]
         table = _table(f"{phase}, {tokens:,} tokens, batch {batch}: milliseconds by stage", ("stage",), columns)
         for name in timed[0][1]:
-            table.add_row(name, *(_ms_text(stages[name].median_ms) for _, stages, _ in timed))
+            table.add_row(name, *(_timing_text(stages[name]) for _, stages, _ in timed))
         table.add_section()
-        table.add_row("layer", *(_ms_text(layer.median_ms) for _, _, layer in timed))
+        table.add_row("layer", *(_timing_text(layer) for _, _, layer in timed))
         table.add_row("selector, of the attention", *(percent_text(row.selector_share) for row, _, _ in timed))
-        tables.append(table)
+        tables.append(_explained(table))
     return tables
 
 
@@ -298,6 +301,19 @@ def _ms_text(milliseconds: float) -> str:
     """At least three significant digits."""
     digits = 1 if milliseconds >= 100 else 2 if milliseconds >= 10 else 3 if milliseconds >= 1 else 4
     return f"{milliseconds:,.{digits}f}"
+
+
+def _timing_text(timing: Timing) -> str:
+    """The median, with a mark if the device waited for the host."""
+    return _ms_text(timing.median_ms) + (HOST_PACED if timing.host_paced else "")
+
+
+def _explained(table: Table) -> Table:
+    """With a line that says what the mark means, if it is there."""
+    if any(HOST_PACED in str(cell) for column in table.columns for cell in column.cells):
+        table.caption = f"{HOST_PACED.strip()} the device waited for the host: not the device's time alone"
+        table.caption_justify = "left"
+    return table
 
 
 def _times_text(factor: float | None) -> str:
