@@ -1,19 +1,22 @@
 """The selector's kernels on one GPU: checked against the reference, then launch variants timed stage by stage.
 
-    python benchmarks/gpu_selector.py --out benchmarks/results/gpu_selector.json
+    python benchmarks/gpu_selector.py --resume --seconds 25 --out benchmarks/results/gpu_selector.json
 
 Llama-3.1-8B shape, bfloat16, random queries and keys. Device time in milliseconds, median of repeated runs; decode in a
-CUDA graph. The last line is JSON. No accuracy belongs to random tensors.
+CUDA graph. Most of a run is the compilation of many launch variants: the file is written after every part, `--seconds`
+ends a run early (exit code 1 while parts are missing) and `--resume` goes on from the file, which must be of the same
+code, versions and device. The last line is JSON. No accuracy belongs to random tensors.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,9 @@ from typing import Any
 import torch
 import triton
 
+import sketch_walk
 from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
+from sketch_walk.bench import measure
 from sketch_walk.kernels import triton_peaks, triton_sketch
 from sketch_walk.kernels.triton_peaks import PeakLaunch, StepLaunch
 from sketch_walk.layout import Layout, make_layout
@@ -50,86 +55,80 @@ CASES: list[tuple[int, int, int, int, int, int, dict[str, Any]]] = [
     (2, 9, 3, 1, 3333, 64, {}),
     (1, 8, 2, 999, 60, 64, {"sketch_dim": 32, "query_keep": 1.0}),
 ]
+Part = dict[str, Any]
 
 
-def milliseconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median device time."""
-    call()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return round(statistics.median(times), 4)
+@dataclass
+class Stages:
+    """Median device milliseconds by name; `host_paced` are those in which the device waited for the host."""
 
+    repeats: int
+    ms: dict[str, Any] = field(default_factory=dict)
+    host_paced: list[str] = field(default_factory=list)
 
-def graph_milliseconds(call: Callable[[], Any], repeats: int, steps: int = 20) -> float:
-    """Median device time of one call in a CUDA graph of `steps` calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(steps):
+    def add(self, name: str, call: Callable[[], Any], calls: int = 1, digits: int = 4) -> None:
+        """Time `call`, which makes `calls`."""
+        timing = measure(call, torch.device("cuda"), self.repeats, flush=False)
+        self.ms[name] = round(timing.median_ms / calls, digits)
+        if timing.host_paced:
+            self.host_paced.append(name)
+
+    def add_graph(self, name: str, call: Callable[[], Any], steps: int = 20) -> None:
+        """Time one call in a CUDA graph of `steps` calls."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             call()
-    return round(milliseconds(graph.replay, repeats) / steps, 5)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(steps):
+                call()
+        self.add(name, graph.replay, steps, digits=5)
 
 
-def check() -> list[dict[str, Any]]:
+def check(batch: int, heads: int, kv_heads: int, new: int, past: int, dim: int, changes: dict[str, Any]) -> Part:
     """Differences from the reference; fails if they are more than rounding."""
-    found = []
-    for batch, heads, kv_heads, new, past, dim, changes in CASES:
-        config = SketchWalkConfig(**{"sketch_dim": 128, **changes})
-        query = torch.randn(batch, heads, new, dim, device="cuda", dtype=torch.bfloat16)
-        key = torch.randn(batch, kv_heads, past + new, dim, device="cuda", dtype=torch.bfloat16)
-        layout = make_layout(batch, new, past + new, query.device)
-        states = [LayerSketch(config) for _ in range(2)]
-        scores = []
-        for state, impl in zip(states, ("reference", "triton"), strict=True):
-            absorb_keys(state, key, layout, query, impl)
-            scores.append(call_scores(states[0], query, layout, dim**-0.5, True, impl))
-        exact, fused = states[0].codes, states[1].codes
-        assert exact is not None
-        assert fused is not None
-        row = {
-            "case": str((batch, heads, kv_heads, new, past, dim, changes)),
-            "codes_moved": (exact != fused).float().mean().item(),
-            "score_error": (scores[0] - scores[1]).abs().max().item(),
-        }
-        print(row)
-        assert row["score_error"] < 2e-2, row
-        assert row["codes_moved"] < 0.1, row
-        found.append(row)
-    return found
+    config = SketchWalkConfig(**{"sketch_dim": 128, **changes})
+    query = torch.randn(batch, heads, new, dim, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(batch, kv_heads, past + new, dim, device="cuda", dtype=torch.bfloat16)
+    layout = make_layout(batch, new, past + new, query.device)
+    states = [LayerSketch(config) for _ in range(2)]
+    scores = []
+    for state, impl in zip(states, ("reference", "triton"), strict=True):
+        absorb_keys(state, key, layout, query, impl)
+        scores.append(call_scores(states[0], query, layout, dim**-0.5, True, impl))
+    exact, fused = states[0].codes, states[1].codes
+    assert exact is not None
+    assert fused is not None
+    row = {
+        "codes_moved": (exact != fused).float().mean().item(),
+        "score_error": (scores[0] - scores[1]).abs().max().item(),
+    }
+    assert row["score_error"] < 2e-2, row
+    assert row["codes_moved"] < 0.1, row
+    return row
 
 
-def prefill(tokens: int, block: int, repeats: int) -> dict[str, Any]:
+def prefill(tokens: int, block: int, repeats: int) -> Part:
     """Stages of one call over `tokens` tokens."""
     config = SketchWalkConfig(block_size=block, sketch_dim=HEAD_DIM, density=0.2, min_blocks=4)
     query = torch.randn(1, HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     key = torch.randn(1, KV_HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     layout = make_layout(1, tokens, tokens, query.device)
     state = LayerSketch(config)
-    times: dict[str, Any] = {}
+    stages = Stages(repeats)
     matrix = rotation(HEAD_DIM, config, query.device, kernels.product_dtype())
-    times["sketch_keys"] = milliseconds(partial(absorb_keys, state, key, layout, query), repeats)
+    stages.add("sketch_keys", partial(absorb_keys, state, key, layout, query))
     kept = block // 4 // 2
     sketch = partial(
         triton_sketch.sketch_queries, query, layout, matrix, block_size=block, query_sub_block=4, kept=kept,
         salience=config.salience, contrast=config.query_contrast,
     )  # fmt: skip
-    times["sketch_queries"] = milliseconds(sketch, repeats)
+    stages.add("sketch_queries", sketch)
     codes, scales = state.read_keys(tokens // block)
     assert scales is not None
-    times["unpack"] = milliseconds(
-        partial(triton_peaks.unpack_keys, codes, 128 // (block // 4), block // 4, 128), repeats
-    )
+    stages.add("unpack", partial(triton_peaks.unpack_keys, codes, 128 // (block // 4), block // 4, 128))
     queries = sketch()
     score = partial(
         triton_peaks.peak_scores, queries, codes, scales, layout.length, scale=SCALE, per_block=block // 4,
@@ -139,16 +138,15 @@ def prefill(tokens: int, block: int, repeats: int) -> dict[str, Any]:
     for name, launch in VARIANTS.items():
         try:
             assert (score(launch=launch) - exact).abs().max().item() < 1e-3
-            times[name] = milliseconds(partial(score, launch=launch), repeats)
+            stages.add(name, partial(score, launch=launch))
         except Exception as error:
-            times[name] = f"{type(error).__name__}: {str(error)[:60]}"
-    times["call_scores"] = milliseconds(partial(call_scores, state, query, layout, SCALE), repeats)
-    times["select"] = _select_time(exact, layout, config, repeats)
-    print(tokens, block, times)
-    return {"tokens": tokens, "block_size": block, "ms": times}
+            stages.ms[name] = f"{type(error).__name__}: {str(error)[:60]}"
+    stages.add("call_scores", partial(call_scores, state, query, layout, SCALE))
+    stages.add("select", _checked_select(exact, layout, config))
+    return {"ms": stages.ms, "host_paced": stages.host_paced}
 
 
-def _select_time(scores: torch.Tensor, layout: Layout, config: SketchWalkConfig, repeats: int) -> float:
+def _checked_select(scores: torch.Tensor, layout: Layout, config: SketchWalkConfig) -> Callable[[], Any]:
     from sketch_walk.kernels import triton_select
 
     counts = row_counts(config, scores.shape[-1], scores.device)
@@ -162,10 +160,10 @@ def _select_time(scores: torch.Tensor, layout: Layout, config: SketchWalkConfig,
     indices, found = select()
     assert (found[:, 0] == wanted.counts).all()
     assert (indices[:, 0] == wanted.indices).all()
-    return milliseconds(select, repeats)
+    return select
 
 
-def decode(batch: int, tokens: int, block: int, repeats: int) -> dict[str, Any]:
+def decode(batch: int, tokens: int, block: int, repeats: int) -> Part:
     """Stages of one decode step's selector."""
     config = SketchWalkConfig(block_size=block, sketch_dim=HEAD_DIM, density=0.1, min_blocks=4)
     query = torch.randn(batch, HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
@@ -182,17 +180,17 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> dict[str, Any]:
         triton_sketch.sketch_step, key, query, layout, codes, scales, matrix, block_size=block, key_sub_block=4,
         step=CLIP / KEY_LEVELS, salience=config.salience,
     )  # fmt: skip
-    times = {"sketch": graph_milliseconds(sketch, repeats)}
+    stages = Stages(repeats)
+    stages.add_graph("sketch", sketch)
     peaks = partial(
         triton_peaks.decode_peaks, sketch(), codes, scales, layout.length, scale=SCALE, per_block=block // 4,
         key_sub_block=4,
     )  # fmt: skip
     for launch in STEP_VARIANTS:
-        times[f"peaks, {launch.sub_keys} sub-keys, {launch.num_warps} warps"] = graph_milliseconds(
-            partial(peaks, launch=launch), repeats
-        )
+        name = f"peaks, {launch.sub_keys} sub-keys, {launch.num_warps} warps"
+        stages.add_graph(name, partial(peaks, launch=launch))
     scores = partial(call_scores, state, query, layout, SCALE)
-    times["call_scores"] = graph_milliseconds(scores, repeats)
+    stages.add_graph("call_scores", scores)
     found = scores()
     from sketch_walk.kernels import triton_select
 
@@ -208,39 +206,88 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> dict[str, Any]:
         block_size=block,
         per_head=False,
     )
-    times["select"] = graph_milliseconds(select, repeats)
+    stages.add_graph("select", select)
     step = partial(step_selection, state, query, key, layout, SCALE, counts, width)
-    times["step_selection"] = graph_milliseconds(step, repeats)
+    stages.add_graph("step_selection", step)
     value = torch.randn_like(key)
     layer = partial(sketch_walk_attention, query, key, value, config, state=state, layout=layout)
-    times["layer"] = graph_milliseconds(layer, repeats)
-    print("decode", batch, tokens, block, times)
-    return {"batch": batch, "tokens": tokens, "block_size": block, "graph_ms": times}
+    stages.add_graph("layer", layer)
+    return {"graph_ms": stages.ms, "host_paced": stages.host_paced}
+
+
+def parts(args: argparse.Namespace) -> Iterator[tuple[str, Part, Callable[[], Part]]]:
+    """Where in the result, what names the part there, and what makes the rest of it."""
+    for case in [] if args.no_check else CASES:
+        yield "checks", {"case": str(case)}, partial(check, *case)
+    for tokens in args.tokens:
+        for block in (64, 128):
+            name = {"tokens": tokens, "block_size": block}
+            yield "prefill", name, partial(prefill, tokens, block, args.repeats)
+    for batch in args.batch:
+        for block in (64, 128):
+            name = {"batch": batch, "tokens": args.cached, "block_size": block}
+            yield "decode", name, partial(decode, batch, args.cached, block, args.repeats)
+
+
+def code_digest() -> str:
+    """Of the package and of this file."""
+    files = [*sorted(Path(sketch_walk.__file__).parent.rglob("*.py")), Path(__file__)]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def earlier_parts(file: Path | None, result: Part) -> dict[str, list[Part]]:
+    """What a file has that was made by the same code at the same place."""
+    if file is None or not file.is_file():
+        return {}
+    found = json.loads(file.read_text())
+    same = ("device", "torch", "triton", "code", "repeats")
+    return found if all(found.get(name) == result[name] for name in same) else {}
 
 
 def main() -> None:
     """Check, time, write."""
+    start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-check", action="store_true", help="time without checking first")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[65536, 131072], help="of a prompt")
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 8], help="of a decode step")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[131072], help="of a prompt")
+    parser.add_argument("--batch", type=int, nargs="*", default=[8], help="of a decode step")
+    parser.add_argument("--cached", type=int, default=131072, help="tokens before a decode step")
+    parser.add_argument("--resume", action="store_true", help="keep the parts that --out has")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no part after so many")
     args = parser.parse_args()
     torch.manual_seed(0)
-    result = {
+    result: Part = {
         "what": "selector kernels; Llama-3.1-8B shape (32/8 heads x 128), bfloat16, random tensors",
         "command": "python benchmarks/gpu_selector.py " + " ".join(sys.argv[1:]),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "checks": [] if args.no_check else check(),
-        "prefill": [prefill(tokens, block, args.repeats) for tokens in args.tokens for block in (64, 128)],
-        "decode": [decode(batch, 131072, block, args.repeats) for batch in args.batch for block in (64, 128)],
+        "code": code_digest(),
+        "repeats": args.repeats,
+        "checks": [],
+        "prefill": [],
+        "decode": [],
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    earlier = earlier_parts(args.out, result) if args.resume else {}
+    missing = 0
+    for kind, name, make in parts(args):
+        row = next((old for old in earlier.get(kind, []) if old.items() >= name.items()), None)
+        if row is None:
+            if time.monotonic() - start > args.seconds:
+                missing += 1
+                continue
+            begin = time.monotonic()
+            row = {**name, **make()}
+            print(f"{kind}, {time.monotonic() - begin:.1f} s: {row}", flush=True)
+            torch.cuda.empty_cache()
+        result[kind].append(row)
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
+    if missing:
+        sys.exit(f"{missing} parts are missing: run the same with --resume")
 
 
 if __name__ == "__main__":
