@@ -187,7 +187,9 @@ def _name(row: AnyRow) -> str:
 def attention_tables(rows: Sequence[Row]) -> list[Table]:
     """Times of kernels, layers or models, a table a size."""
     tables = []
-    right = ("block", "density: read", "ms", "quartiles", "TFLOP/s", "over flash", "over the fastest dense")
+    # What the host takes to enqueue a call, where that is not in the time.
+    host = ("host ms",) if any(row.timing is not None and row.timing.host_ms is not None for row in rows) else ()
+    right = ("block", "density: read", "ms", "quartiles", *host, "TFLOP/s", "over flash", "over the fastest dense")
     for phase, batch, tokens in dict.fromkeys((row.phase, row.batch, row.tokens) for row in rows):
         table = _table(f"{phase}, {tokens:,} tokens, batch {batch}: milliseconds", ("method", "what"), right)
         for row in rows:
@@ -201,6 +203,7 @@ def attention_tables(rows: Sequence[Row]) -> list[Table]:
                 _density_text(row),
                 _timing_text(row.timing),
                 f"{_ms_text(row.timing.low_ms)} - {_ms_text(row.timing.high_ms)}",
+                *("" if row.timing.host_ms is None else _ms_text(row.timing.host_ms) for _ in host),
                 "" if row.tflops is None else f"{row.tflops:.3g}",
                 _times_text(row.over_flash),
                 _times_text(row.over_fastest_dense) + fastest,
