@@ -217,6 +217,13 @@ def test_a_call_that_waits_for_the_device_is_told_and_not_repeated() -> None:
     assert found.host_paced
     assert len(made) == 3
 
+    def slow() -> None:
+        gpu.work(5000.0)
+        call()
+
+    # Much to do at its end does not make up for the wait.
+    assert device_times(slow, gpu, 1, flush=True, host_ms=5000.0).host_paced
+
 
 @gpu_only
 def test_on_a_gpu() -> None:
