@@ -17,7 +17,7 @@ from sketch_walk.kernels import (
     triton_select,
     triton_sketch,
 )
-from sketch_walk.kernels.triton_tiles import Device
+from sketch_walk.kernels.triton_tiles import Device, gdc_wait
 
 
 class Target(NamedTuple):
@@ -68,6 +68,11 @@ def compile_for(
 ) -> int:
     """Bytes of machine code; fails if a program takes more shared memory than the GPU has."""
     signature, values, attributes = {}, {}, {}
+    if "PDL" in kernel.arg_names:
+        constants = {
+            "PDL": gdc_wait is not None and target.gpu.backend == "cuda" and target.gpu.arch >= 90,
+            **constants,
+        }
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[(position,)] = "constexpr", constants[name]

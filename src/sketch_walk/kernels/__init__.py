@@ -240,7 +240,13 @@ def peak_scores(
 
 
 def _step_peaks(
-    queries: PackedQueries, layout: Layout, codes: Tensor, scales: Tensor, scale: float, config: SketchWalkConfig
+    queries: PackedQueries,
+    layout: Layout,
+    codes: Tensor,
+    scales: Tensor,
+    scale: float,
+    config: SketchWalkConfig,
+    after_step: bool = False,
 ) -> Float[Tensor, "batch heads blocks"]:
     """Best logit of every block for one query per sequence."""
     from sketch_walk.kernels import triton_peaks
@@ -253,6 +259,7 @@ def _step_peaks(
         scale=scale,
         per_block=config.block_size // config.key_sub_block,
         key_sub_block=config.key_sub_block,
+        after_step=after_step,
     )
 
 
@@ -287,7 +294,7 @@ def step_selection(
         step=step,
         salience=float(config.salience),
     )
-    peaks = _step_peaks(queries, layout, codes, scales, scale, config)
+    peaks = _step_peaks(queries, layout, codes, scales, scale, config, after_step=True)
     return triton_select.select_from_peaks(
         peaks,
         layout.length,
@@ -296,6 +303,7 @@ def step_selection(
         block_size=config.block_size,
         kv_heads=codes.shape[1],
         per_head=config.head_mode == "per_kv_head",
+        after_peaks=True,
     )
 
 

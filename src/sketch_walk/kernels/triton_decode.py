@@ -20,12 +20,16 @@ from sketch_walk.kernels.triton_tiles import (
     LOG2_E,
     Device,
     accumulate,
+    await_previous,
+    dependent,
     device_of,
     interpreted,
     load_lanes,
     next_power_of_2,
+    overlaps,
     padded_dim,
     product,
+    release_next,
     unsupported,
 )
 
@@ -111,7 +115,7 @@ def _decode(
     num_splits, scale_log2,
     GROUP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, PAGE: tl.constexpr,
-    WHOLE: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+    WHOLE: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS selected blocks of one sequence, for the heads of one group: an unnormalised partial result.
 
@@ -119,6 +123,8 @@ def _decode(
     WHOLE: there is one split, and its result is the output. `partial` holds the sums of all splits of all heads, then
     their greatest logits, then their totals.
     """
+    await_previous(PDL)
+    release_next(PDL and not WHOLE)
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     selection = kv_head if PER_HEAD else 0
     count = _num_selected(counts, length, sequence, selection, c_batch, c_head, BLOCK)
@@ -187,9 +193,10 @@ def _merge(
     partial, output, counts, length,
     o_batch, o_head, c_batch, c_head, num_splits,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MERGED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Output of one head of one sequence from the partial results of its splits; 0 where there are none."""
+    await_previous(PDL)
     head, sequence = tl.program_id(0), tl.program_id(1)
     selection = head // GROUP if PER_HEAD else 0
     count = _num_selected(counts, length, sequence, selection, c_batch, c_head, BLOCK)
@@ -272,6 +279,7 @@ def decode(
     partial = None
     if splits > 1:
         partial = torch.empty(batch * heads * splits * (head_dim + 2), dtype=torch.float32, device=query.device)
+    pdl = dependent(overlaps(query.device))
     _decode[(splits, kv_heads, batch)](
         query, key, value, output, partial, indices, counts, length, table,
         *query.stride()[:2], *strides, *output.stride()[:2],
@@ -280,14 +288,14 @@ def decode(
         GROUP=group, LANES=max(16, next_power_of_2(group)), BLOCK=block_size, BLOCKS=launch.blocks,
         KEYS=launch.keys, HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1,
         PAGE=0 if table is None else page_size or 1, WHOLE=splits == 1, STAGES=launch.num_stages, WIDEN=interpreted(),
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, **pdl,
     )  # fmt: skip
     if splits > 1:
         _merge[(heads, batch)](
             partial, output, counts, length,
             *output.stride()[:2], *selection_strides[2:], splits,
             GROUP=group, BLOCK=block_size, BLOCKS=launch.blocks, MERGED=min(MERGED, next_power_of_2(splits)),
-            HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1, num_warps=4,
+            HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1, num_warps=4, **pdl,
         )  # fmt: skip
     return output
 

@@ -18,7 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from sketch_walk.kernels.triton_sketch import PackedQueries
-from sketch_walk.kernels.triton_tiles import HIDDEN, LOG2_E, device_of, interpreted, next_power_of_2
+from sketch_walk.kernels.triton_tiles import (
+    HIDDEN,
+    LOG2_E,
+    await_previous,
+    dependent,
+    device_of,
+    interpreted,
+    next_power_of_2,
+    overlaps,
+    release_next,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -260,9 +270,13 @@ def _decode_peaks(
     c_batch, c_head, c_block, s_batch, s_head, num_heads, num_blocks, scale_log2,
     GROUP: tl.constexpr, LANES: tl.constexpr, TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
     KEY_SUB: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, WIDEN: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Best logit of TILE_BLOCKS blocks for the heads of one group, from the upper four bits."""
+    """Best logit of TILE_BLOCKS blocks for the heads of one group, from the upper four bits.
+
+    PDL: the kernel in front is `_sketch_step`, which writes the last block; codes of other tiles are read meanwhile,
+    past the first cache, which may not see what that kernel writes beside them.
+    """
     tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(length + sequence).to(tl.int32)
     lane = tl.arange(0, LANES)
@@ -272,21 +286,29 @@ def _decode_peaks(
     block = tile * TILE_BLOCKS + block_column
     to = peaks + slot[:, None] * num_blocks + block[None, :]
     inside = real[:, None] & (block < num_blocks)[None, :]
+    beyond = (tile + 1) * TILE_BLOCKS * PER_BLOCK * KEY_SUB
+    if beyond >= end:
+        await_previous(PDL)
     if tile * TILE_BLOCKS * PER_BLOCK * KEY_SUB >= end:
         tl.store(to, tl.full([LANES, TILE_BLOCKS], float("-inf"), tl.float32), mask=inside)
         return
     half = tl.arange(0, PADDED_HALF)
-    start = query_codes + slot[:, None] * COLUMNS + half[None, :]
-    first_queries = tl.load(start, mask=real[:, None] & (half < HALF)[None, :], other=0)
-    second_queries = tl.load(
-        start + HALF, mask=real[:, None] & (half < HALF)[None, :] & (half + HALF < COLUMNS), other=0
-    )
+    CACHE: tl.constexpr = ".cg" if PDL else ""
     row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
     of_block = tile * TILE_BLOCKS + row // PER_BLOCK
     sub = row % PER_BLOCK
     base = codes + sequence.to(tl.int64) * c_batch + kv_head.to(tl.int64) * c_head
     at = base + of_block.to(tl.int64)[:, None] * c_block + sub[:, None] * HALF + half[None, :]
-    packed = tl.load(at, mask=(of_block < num_blocks)[:, None] & (half < HALF)[None, :], other=0)
+    packed = tl.load(at, mask=(of_block < num_blocks)[:, None] & (half < HALF)[None, :], other=0, cache_modifier=CACHE)
+    steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head + block
+    steps = tl.load(steps, mask=block < num_blocks, other=0.0, cache_modifier=CACHE)
+    await_previous(PDL)
+    release_next(PDL)
+    start = query_codes + slot[:, None] * COLUMNS + half[None, :]
+    first_queries = tl.load(start, mask=real[:, None] & (half < HALF)[None, :], other=0)
+    second_queries = tl.load(
+        start + HALF, mask=real[:, None] & (half < HALF)[None, :] & (half + HALF < COLUMNS), other=0
+    )
     first, second = _nibbles(packed, ASM)
     if WIDEN:
         products = tl.dot(first_queries.to(tl.float32), tl.trans(first.to(tl.float32)), input_precision="ieee")
@@ -301,8 +323,6 @@ def _decode_peaks(
     # A nibble u stands for the code 16 * u - 128 and, for what the lower four bits may add, MIDDLE more.
     sums = tl.sum(first_queries.to(tl.int32), 1) + tl.sum(second_queries.to(tl.int32), 1)
     units = tl.load(query_scales + slot, mask=real, other=0.0) * scale_log2
-    steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head + block
-    steps = tl.load(steps, mask=block < num_blocks, other=0.0)
     code = peak.to(tl.float32) * 16.0 + (sums.to(tl.float32) * (MIDDLE - 128.0))[:, None]
     tl.store(to, tl.where(peak == NOTHING, float("-inf"), code * units[:, None] * steps[None, :]), mask=inside)
 
@@ -390,11 +410,13 @@ def decode_peaks(
     scale: float,
     per_block: int,
     key_sub_block: int,
+    after_step: bool = False,
     launch: StepLaunch | None = None,
 ) -> Float[Tensor, "batch heads blocks"]:
     """Best logit of every block for the one query of every sequence, in units of log 2; -inf where no key is.
 
-    Reads half of the key sketches: the upper four bits.
+    Reads half of the key sketches: the upper four bits. `after_step`: the kernel in front is that of
+    `triton_sketch.sketch_step`, with these queries, codes and scales; this one may then start before that has ended.
     """
     launch = launch or StepLaunch()
     batch, _, heads, _, columns = queries.codes.shape
@@ -409,5 +431,6 @@ def decode_peaks(
         GROUP=group, LANES=max(16, next_power_of_2(group)), TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block,
         KEY_SUB=key_sub_block, COLUMNS=columns, HALF=half, PADDED_HALF=max(32, next_power_of_2(half)),
         WIDEN=interpreted(), ASM=not interpreted() and torch.version.hip is None, num_warps=launch.num_warps,
+        **dependent(after_step and overlaps(codes.device)),
     )  # fmt: skip
     return peaks

@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketch_walk.kernels.triton_tiles import Device, device_of, next_power_of_2
+from sketch_walk.kernels.triton_tiles import (
+    Device,
+    await_previous,
+    dependent,
+    device_of,
+    next_power_of_2,
+    overlaps,
+    release_next,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -123,15 +131,19 @@ def _cut(rank, available, wanted, THRESHOLDS: tl.constexpr):
 
 
 @triton.jit
+def _limits(budget, sink, local, available):
+    """Blocks that a row of `available` blocks reads, and first and last ones forced among them."""
+    read = tl.load(budget + available).to(tl.int32)
+    return read, tl.load(sink + available).to(tl.int32), tl.load(local + available).to(tl.int32)
+
+
+@triton.jit
 def _choose(
-    scores, column, row, available, budget, sink, local, indices, counts, width, dense,
-    THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
+    scores, column, row, available, limits, indices, counts, width, dense, THRESHOLDS: tl.constexpr, FILL: tl.constexpr
 ):  # fmt: skip
     """Writes one row of the page table, at `indices` and `counts`, from its scores [COLUMNS]; all of it if `dense`."""
-    wanted = tl.where(dense, available, tl.load(budget + available).to(tl.int32))
-    wanted = tl.minimum(tl.minimum(wanted, available), width)
-    first = tl.load(sink + available).to(tl.int32)
-    last = tl.load(local + available).to(tl.int32)
+    read, first, last = limits
+    wanted = tl.minimum(tl.minimum(tl.where(dense, available, read), available), width)
     rank = _ranks(scores, column, row, available, first, last)
     low, reached = _cut(rank, available, wanted, THRESHOLDS)
     surplus = reached - wanted
@@ -161,8 +173,12 @@ def _select(
     s_batch, s_selection, s_row, s_part,
     num_rows, num_selections, num_blocks, width, tail,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row of scores; with several PARTS, the last row of a sequence, whose scores are the greatest of the parts."""
+    """One row of scores; with several PARTS, the last row of a sequence, whose scores are the greatest of the parts.
+
+    PDL: the kernel in front is `_from_peaks`, which writes the parts alone.
+    """
     index = num_rows - 1 - tl.program_id(0)
     selection, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
     if past is None:
@@ -172,6 +188,9 @@ def _select(
         row = at.to(tl.int32)
         available = tl.where(at * BLOCK < tl.load(length + sequence), tl.minimum(row + 1, num_blocks), 0)
     column = tl.arange(0, COLUMNS)
+    limits = _limits(budget, sink, local, available)
+    await_previous(PDL)
+    release_next(PDL)
     scores += sequence * s_batch + selection.to(tl.int64) * s_selection + index.to(tl.int64) * s_row
     values = tl.load(scores + column, mask=column < available, other=0.0)
     if COLUMNS <= 4096:
@@ -185,7 +204,7 @@ def _select(
     if PARTS > 1:
         tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
     _choose(
-        values, column, row, available, budget, sink, local, indices + place * width, counts + place, width,
+        values, column, row, available, limits, indices + place * width, counts + place, width,
         row > ((tl.load(length + sequence) - 1) // BLOCK).to(tl.int32) - tail, THRESHOLDS, FILL,
     )  # fmt: skip
 
@@ -196,11 +215,11 @@ def _from_peaks(
     p_batch, p_head,
     num_blocks, width,
     BLOCK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PART_HEADS: tl.constexpr, TILE: tl.constexpr,
-    COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr, CHOOSE: tl.constexpr,
+    COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr, CHOOSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Each block's greatest share over PART_HEADS of a selection's HEADS heads, and the selection if asked to CHOOSE.
 
-    Without a `length` every block is read.
+    Without a `length` every block is read. PDL: the kernel in front is `_decode_peaks`, which writes the peaks alone.
     """
     part, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, available = num_blocks - 1, num_blocks
@@ -211,6 +230,10 @@ def _from_peaks(
     end = tl.minimum(first + PART_HEADS, (selection + 1) * HEADS)
     column = tl.arange(0, COLUMNS)
     values = tl.zeros([COLUMNS], tl.float32)
+    if CHOOSE:
+        limits = _limits(budget, sink, local, available)
+    await_previous(PDL)
+    release_next(PDL)
     for at in range(first, end, TILE):
         head = at + tl.arange(0, TILE)
         offsets = sequence * p_batch + head.to(tl.int64)[:, None] * p_head + column[None, :]
@@ -224,7 +247,7 @@ def _from_peaks(
     tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
     if CHOOSE:
         _choose(
-            values, column, row, available, budget, sink, local, indices + place * width, counts + place, width,
+            values, column, row, available, limits, indices + place * width, counts + place, width,
             False, THRESHOLDS, FILL,
         )  # fmt: skip
 
@@ -292,7 +315,7 @@ def select_rows(
             scores, past, length, budget, sink, local, None, table, counts,
             *scores.stride()[:3], 0, rows, selections, blocks, width, tail,
             BLOCK=block_size, PARTS=1, COLUMNS=columns, THRESHOLDS=launch.thresholds,
-            FILL=next_power_of_2(width), num_warps=launch.num_warps,
+            FILL=next_power_of_2(width), PDL=False, num_warps=launch.num_warps,
         )  # fmt: skip
     return SelectedRows(table, counts)
 
@@ -309,6 +332,7 @@ def select_from_peaks(
     kv_heads: int,
     per_head: bool,
     part_heads: int | None = None,
+    after_peaks: bool = False,
     launch: SelectLaunch | None = None,
 ) -> ScoredRows:
     """Scores and selection of one decode step from each head's logit of each block.
@@ -331,6 +355,9 @@ def select_from_peaks(
     part_heads : int, optional
         Heads of one program. At or above the heads of a selection one launch does everything; below, a second one takes
         the greatest of the parts and chooses. Default: `split_heads`.
+    after_peaks : bool
+        The kernel in front is that of `triton_peaks.decode_peaks` with `after_step`, and made these peaks; the first
+        launch may then start before that has ended.
     launch : SelectLaunch, optional
         Default: `select_launch`.
 
@@ -355,6 +382,7 @@ def select_from_peaks(
     columns = next_power_of_2(blocks)
     launch = launch or select_launch(columns, counts.numel(), device_of(peaks.device))
     shares = scores if parts == 1 else peaks.new_empty(batch, selections, parts, blocks)
+    pdl = dependent(after_peaks and overlaps(peaks.device))
     common = {
         "BLOCK": block_size, "PARTS": parts, "COLUMNS": columns, "THRESHOLDS": launch.thresholds,
         "FILL": next_power_of_2(width),
@@ -362,13 +390,13 @@ def select_from_peaks(
     _from_peaks[(selections * parts, batch)](
         peaks, length, budget, sink, local, shares, table, counts, *peaks.stride()[:2], blocks, width,
         HEADS=shape.heads, PART_HEADS=shape.part_heads, TILE=shape.tile, CHOOSE=parts == 1, **common,
-        num_warps=max(shape.num_warps, launch.num_warps if parts == 1 else 1),
+        num_warps=max(shape.num_warps, launch.num_warps if parts == 1 else 1), **pdl,
     )  # fmt: skip
     if parts > 1:
         _select[(1, selections, batch)](
             shares, None, length, budget, sink, local, scores, table, counts,
             *shares.stride()[:2], 0, shares.stride(2), 1, selections, blocks, width, 0,
-            **common, num_warps=launch.num_warps,
+            **common, num_warps=launch.num_warps, **pdl,
         )  # fmt: skip
     return ScoredRows(scores, table, counts)
 
@@ -393,7 +421,8 @@ def scores_from_peaks(
         _from_peaks[(shape.selections * shape.parts, batch)](
             peaks, None, None, None, None, shares, None, None, *peaks.stride()[:2], blocks, 0,
             BLOCK=0, HEADS=shape.heads, PARTS=shape.parts, PART_HEADS=shape.part_heads, TILE=shape.tile,
-            COLUMNS=next_power_of_2(blocks), THRESHOLDS=1, FILL=1, CHOOSE=False, num_warps=shape.num_warps,
+            COLUMNS=next_power_of_2(blocks), THRESHOLDS=1, FILL=1, CHOOSE=False, PDL=False,
+            num_warps=shape.num_warps,
         )  # fmt: skip
     return shares if shape.parts == 1 else shares.amax(2, keepdim=True)
 

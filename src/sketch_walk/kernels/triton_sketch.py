@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketch_walk.kernels.triton_tiles import HIDDEN, next_power_of_2, padded_dim
+from sketch_walk.kernels.triton_tiles import HIDDEN, next_power_of_2, overlaps, padded_dim, release_next
 from sketch_walk.layout import Layout
 
 if TYPE_CHECKING:
@@ -273,8 +273,11 @@ def _sketch_step(
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, INDEXED: tl.constexpr, UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One new token per sequence: its block of one head, or the queries of one group of heads."""
+    # Launched the ordinary way: all that came before has ended.
+    release_next(PDL)
     task, sequence = tl.program_id(0), tl.program_id(1)
     seen = tl.load(past + sequence).to(tl.int32)
     if task < kv_heads:
@@ -425,7 +428,7 @@ def sketch_step(
         *scales.stride()[:3], num_keys, kv_heads, step, salience,
         **sizes, **_halves(width), COLUMNS=packed.codes.shape[-1], GROUP=group,
         LANES=max(16, next_power_of_2(group)), INDEXED=layout.key_index is not None,
-        UNROLL=min(MOST_UNROLLED, key_sub_block),
+        UNROLL=min(MOST_UNROLLED, key_sub_block), PDL=overlaps(key.device),
     )  # fmt: skip
     return packed
 

@@ -14,6 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # Triton before 3.4; no launch has PDL then
+    gdc_launch_dependents = gdc_wait = None
+
 LOG2_E = 1.4426950408889634
 # Logit of a pair that is masked: finite, so that no difference of two of them is undefined.
 HIDDEN = tl.constexpr(-1.0e30)
@@ -41,6 +46,30 @@ def device_of(device: torch.device) -> Device:
 def _device(index: int) -> Device:
     facts = triton.runtime.driver.active.utils.get_device_properties(index)
     return Device(facts["multiprocessor_count"], facts["max_shared_mem"])
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may start before the one in front of it has ended (programmatic dependent launch).
+
+    `await_previous` waits until the kernel in front has ended and its writes are seen, and says nothing of earlier
+    ones: they have ended because every kernel here waits before it calls `release_next`, so that none starts before
+    the kernel two in front has ended. Hence a kernel may read, before it waits, what the one in front does not write,
+    if that one is of the same chain and the chain's first kernel was launched the ordinary way; it writes nothing
+    before it waits, for its buffers may be memory that an earlier kernel still reads.
+    """
+    return device.type == "cuda" and _overlaps(device.index or 0)
+
+
+@functools.cache
+def _overlaps(index: int) -> bool:
+    if gdc_wait is None or torch.version.hip is not None or interpreted():
+        return False
+    return torch.cuda.get_device_capability(index)[0] >= 9
+
+
+def dependent(pdl: bool) -> dict[str, bool]:
+    """Launch arguments of a kernel that, with `pdl`, starts early and waits by itself."""
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 def interpreted() -> bool:
@@ -71,6 +100,20 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> s
     if any(x.stride(3) != 1 for x in (query, key, value)):
         return "the last dimension of query, key and value must be contiguous"
     return None
+
+
+@triton.jit
+def await_previous(PDL: tl.constexpr):
+    """Returns when the kernel in front has ended and its writes are seen. Not for loops that are pipelined."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def release_next(PDL: tl.constexpr):
+    """Lets the next kernel start once all programs were here or have ended; after `await_previous`."""
+    if PDL:
+        gdc_launch_dependents()
 
 
 @triton.jit
