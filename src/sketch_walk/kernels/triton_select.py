@@ -111,22 +111,33 @@ def _ranks(scores, column, row, available, sink, local):
 
 
 @triton.jit
-def _cut(rank, available, wanted, THRESHOLDS: tl.constexpr):
-    """A rank and how many ranks are no less: `wanted`, or more if the surplus all equals it."""
-    part = tl.arange(0, THRESHOLDS).to(tl.int64) + 1
-    low = tl.full([], NO_RANK + 1, tl.int64)
-    high = tl.full([], BEYOND, tl.int64)
-    reached = available
+def _cut(rank, available, forced, wanted, THRESHOLDS: tl.constexpr):
+    """A rank and how many ranks are no less: `wanted`, or more if the surplus all equals it.
+
+    The search starts between the least and the greatest rank of a score, which takes fewer steps than from all of
+    int32; where no score is `wanted`, among the ranks of the `forced` blocks.
+    """
+    part = tl.arange(0, THRESHOLDS) + 1
+    scored = (rank > NO_RANK) & (rank <= GREATEST_SCORE)
+    among = wanted > forced
+    least = tl.min(tl.where(scored, rank, GREATEST_SCORE), 0).to(tl.int64)
+    greatest = tl.max(tl.where(scored, rank, NO_RANK), 0).to(tl.int64)
+    low = tl.where(among, least, GREATEST_SCORE + 1)
+    high = tl.where(among, greatest + 1, BEYOND)
+    reached = tl.where(among, available, forced)
     candidates = rank[:, None]
     while (high - low > 1) & (reached > wanted):
-        threshold = low + (high - low) * part // (THRESHOLDS + 1)
-        count = tl.sum((candidates >= threshold.to(tl.int32)[None, :]).to(tl.int32), 0)
-        enough = count >= wanted
-        reached = tl.min(tl.where(enough, count, reached), 0)
-        # Both from the same old interval: `high` must not see the new `low`.
-        raised = tl.max(tl.where(enough, threshold, low), 0)
-        high = tl.min(tl.where(enough, high, threshold), 0)
-        low = raised
+        gap = high - low
+        threshold = (low + gap * part // (THRESHOLDS + 1)).to(tl.int32)
+        count = tl.sum((candidates >= threshold[None, :]).to(tl.int32), 0)
+        # The least count that is enough and, in the last digits, how far its threshold lies from the last.
+        counted = tl.where(count >= wanted, count * (2 * THRESHOLDS) + THRESHOLDS - part, BEYOND - 1)
+        best = tl.minimum(tl.min(counted, 0), reached * (2 * THRESHOLDS) + THRESHOLDS)
+        reached = (best // (2 * THRESHOLDS)).to(tl.int32)
+        passed = THRESHOLDS - best % (2 * THRESHOLDS)
+        # `passed` thresholds are no greater than the cut. Both ends from the same old interval.
+        high = low + gap * (passed + 1) // (THRESHOLDS + 1)
+        low += gap * passed // (THRESHOLDS + 1)
     return low.to(tl.int32), reached
 
 
@@ -139,13 +150,16 @@ def _limits(budget, sink, local, available):
 
 @triton.jit
 def _choose(
-    scores, column, row, available, limits, indices, counts, width, dense, THRESHOLDS: tl.constexpr, FILL: tl.constexpr
+    scores, column, row, available, read, first, last, indices, counts, width, dense,
+    THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
     """Writes one row of the page table, at `indices` and `counts`, from its scores [COLUMNS]; all of it if `dense`."""
-    read, first, last = limits
     wanted = tl.minimum(tl.minimum(tl.where(dense, available, read), available), width)
     rank = _ranks(scores, column, row, available, first, last)
-    low, reached = _cut(rank, available, wanted, THRESHOLDS)
+    # Sinks, and local blocks from row - last + 1 on that are none.
+    sinks = tl.minimum(first, available)
+    forced = sinks + tl.maximum(available - tl.maximum(row - last + 1, sinks), 0)
+    low, reached = _cut(rank, available, forced, wanted, THRESHOLDS)
     surplus = reached - wanted
     taken = rank >= low
     tie = rank == low
@@ -188,7 +202,7 @@ def _select(
         row = at.to(tl.int32)
         available = tl.where(at * BLOCK < tl.load(length + sequence), tl.minimum(row + 1, num_blocks), 0)
     column = tl.arange(0, COLUMNS)
-    limits = _limits(budget, sink, local, available)
+    read, first_forced, last_forced = _limits(budget, sink, local, available)
     await_previous(PDL)
     release_next(PDL)
     scores += sequence * s_batch + selection.to(tl.int64) * s_selection + index.to(tl.int64) * s_row
@@ -204,8 +218,8 @@ def _select(
     if PARTS > 1:
         tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
     _choose(
-        values, column, row, available, limits, indices + place * width, counts + place, width,
-        row > ((tl.load(length + sequence) - 1) // BLOCK).to(tl.int32) - tail, THRESHOLDS, FILL,
+        values, column, row, available, read, first_forced, last_forced, indices + place * width, counts + place,
+        width, row > ((tl.load(length + sequence) - 1) // BLOCK).to(tl.int32) - tail, THRESHOLDS, FILL,
     )  # fmt: skip
 
 
@@ -231,7 +245,7 @@ def _from_peaks(
     column = tl.arange(0, COLUMNS)
     values = tl.zeros([COLUMNS], tl.float32)
     if CHOOSE:
-        limits = _limits(budget, sink, local, available)
+        read, first_forced, last_forced = _limits(budget, sink, local, available)
     await_previous(PDL)
     release_next(PDL)
     for at in range(first, end, TILE):
@@ -247,8 +261,8 @@ def _from_peaks(
     tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
     if CHOOSE:
         _choose(
-            values, column, row, available, limits, indices + place * width, counts + place, width,
-            False, THRESHOLDS, FILL,
+            values, column, row, available, read, first_forced, last_forced, indices + place * width, counts + place,
+            width, False, THRESHOLDS, FILL,
         )  # fmt: skip
 
 
