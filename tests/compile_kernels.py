@@ -86,7 +86,19 @@ def compile_for(
     compiled = triton.compile(source, target=target.gpu, options=options)
     shared = compiled.metadata.shared
     assert shared <= target.device.shared_bytes, f"{kernel.__name__} takes {shared} bytes of {target.device}"
+    if constants.get("PDL"):
+        check_order(kernel.__name__, compiled.asm["ptx"])
     return len(compiled.asm["hsaco" if target.gpu.backend == "hip" else "cubin"])
+
+
+def check_order(name: str, code: str) -> None:
+    """A kernel that starts early writes nothing, and lets none start after it, before it has waited."""
+    # The first kernel of a chain is launched the ordinary way.
+    waits = 0 if name == "_sketch_step" else code.index("griddepcontrol.wait")
+    for later in ("st.global", "griddepcontrol.launch_dependents"):
+        at = code.find(later)
+        assert at < 0 or at > waits, f"{name}: {later} before griddepcontrol.wait"
+    assert name == "_merge" or "griddepcontrol.launch_dependents" in code, name
 
 
 def prefill(target: Target, padded: bool) -> int:
