@@ -43,6 +43,7 @@ POINTERS = {
     "lse": "*fp32", "delta": "*fp32",
     "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32", "scale": "fp32",
     "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
+    "masses": "*fp32", "memory": "*fp32", "seen": "*i64", "fade": "fp32",
 }  # fmt: skip
 STRIDES = {f"{x}_{axis}" for x in "qkvo" for axis in ("batch", "head", "token", "page")}
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64
@@ -129,16 +130,19 @@ def backward(target: Target) -> int:
 
 
 def decode(target: Target, padded: bool) -> int:
-    """Split and merge of a selection from a paged cache, if padded, else of a selection and of all tokens."""
+    """Split and merge of a selection from a paged cache, if padded, else of a selection that is remembered and of all
+    tokens.
+    """
     page = 16 if padded else 0
     launch = triton_decode.decode_launch(8, KV_HEADS, 205, BLOCK, HEAD_DIM, 2, target.device, page)
     constants = {
         **SHAPE, "LANES": 16, "BLOCKS": launch.blocks, "KEYS": launch.keys, "PAGE": page,
-        "WHOLE": False, "STAGES": launch.num_stages,
+        "WHOLE": False, "STAGES": launch.num_stages, "UNITS": max(1, BLOCK // launch.keys),
         **({} if padded else {"table": None}),
     }  # fmt: skip
     size = 0
-    for table in [{}] if padded else [{}, {"indices": None, "counts": None}]:
+    forgets: dict[str, object] = {"masses": None, "memory": None, "past": None}
+    for table in [forgets] if padded else [{}, {**forgets, "indices": None, "counts": None}]:
         size += compile_for(triton_decode._decode, constants | table, target, launch.num_warps, launch.num_stages)
         both = {**constants, **table, "MERGED": triton_decode.MERGED}
         merge = {name: part for name, part in both.items() if name in triton_decode._merge.arg_names}
@@ -191,10 +195,10 @@ def select(target: Target, rows: int) -> int:
     launch = triton_select.select_launch(2048, rows, target.device)
     shape = {"BLOCK": BLOCK, "COLUMNS": 2048, "FILL": 512, "THRESHOLDS": launch.thresholds}
     if rows > 1:
-        constants = {**shape, "PARTS": 1, "best": None}
+        constants = {**shape, "PARTS": 1, "best": None, "memory": None, "seen": None}
         return compile_for(triton_select._select, constants, target, launch.num_warps)
     shared = {**shape, "HEADS": HEADS, "PARTS": 8, "PART_HEADS": 4, "TILE": 4}
-    per_head = {**shared, "HEADS": HEADS // KV_HEADS, "PARTS": 1}
+    per_head = {**shared, "HEADS": HEADS // KV_HEADS, "PARTS": 1, "memory": None, "seen": None}
     short = {**shared, "PARTS": 1, "PART_HEADS": HEADS, "TILE": HEADS, "COLUMNS": 256}
     sizes = [
         compile_for(triton_select._from_peaks, {**constants, "CHOOSE": constants["PARTS"] == 1}, target, 8)

@@ -15,7 +15,7 @@ import sketch_walk
 PACKAGE = Path(sketch_walk.__file__).parent
 PROJECT = PACKAGE.parents[1]
 
-STAGES = {"hadamard", "sketch", "walk", "selection", "state", "kernels"}
+STAGES = {"hadamard", "sketch", "walk", "selection", "state", "memory", "kernels"}
 BELOW_ATTENTION = STAGES | {"config", "layout", "masks", "scoring"}
 # Which units a unit may import: a top-level module or subpackage is one unit, and "" is sketch_walk/__init__.py.
 ALLOWED = {
@@ -27,6 +27,7 @@ ALLOWED = {
     "walk": {"config", "layout"},
     "selection": {"config", "layout"},
     "state": {"config", "layout"},
+    "memory": {"config", "layout"},
     "kernels": {"config", "layout", "extras"},
     "masks": {"config", "layout", "kernels", "state"},
     "scoring": {"config", "layout", "kernels", "sketch", "walk", "state"},

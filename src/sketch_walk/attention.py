@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
+from sketch_walk.memory import recall, remember_rows
 from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores, step_selection, step_with_triton
 from sketch_walk.selection import BlockSelection, row_counts, select_blocks
 from sketch_walk.state import LayerSketch, SketchState
@@ -117,7 +118,8 @@ def sketch_walk_attention(
     kernels.check_impl(impl)
     with torch.no_grad():
         state = LayerSketch(config) if state is None else state
-        plain = causal and bias is None and config.mass is None and score_with is None and combine_scores is None
+        exact = causal and bias is None and score_with is None
+        plain = exact and config.mass is None and combine_scores is None
         if plain and step_with_triton(state.config, query, key, impl):
             rows, selection = one_step(state, query, key, layout, scale, config)
         else:
@@ -126,6 +128,11 @@ def sketch_walk_attention(
                 scores = call_scores(state, query, layout, scale, causal, impl)
             else:
                 scores = score_with(query, key, config, layout=layout, scale=scale)
+            if exact and config.remembers and state.memory is not None:
+                if num_queries == 1:
+                    scores = recall(state.memory, scores, layout, config)
+                else:
+                    remember_rows(state.memory, scores, layout, config)
             if combine_scores is not None:
                 scores = combine_scores(scores)
             rows = transition_rows(scores, config)
@@ -136,6 +143,7 @@ def sketch_walk_attention(
                     rows = walk_step(walk, rows, transitions, _row_index(layout, rows, config), config)
             selection = select(rows, layout, config, causal, bias, impl)
     shared = selection.per_head()
+    remembers = exact and config.remembers and num_queries == 1
     output, used = kernels.attend(
         query,
         key,
@@ -148,6 +156,7 @@ def sketch_walk_attention(
         causal=causal,
         bias=bias,
         mean_correction=config.mean_correction,
+        memory=state.memory if remembers else None,
         impl=impl,
     )
     return SketchWalkOutput(output, selection, rows, used)
@@ -162,7 +171,8 @@ def one_step(
     """
     blocks = -(-layout.max_length // config.block_size)
     counts = row_counts(config, blocks, query.device)
-    scores, *table = step_selection(state, query, key, layout, scale, counts, config.budget(blocks))
+    fade = config.step_memory if config.remembers else 0.0
+    scores, *table = step_selection(state, query, key, layout, scale, counts, config.budget(blocks), fade)
     selection = BlockSelection(*table)
     if config.head_mode != "per_kv_head":
         selection = BlockSelection(selection.indices[:, 0], selection.counts[:, 0])

@@ -82,6 +82,11 @@ class SketchWalkConfig:
     block_score : {"peak", "mass"}
         What a sub-query gives a key block: the softmax, over blocks, of each block's best sketched logit, or the
         softmax over all sub-keys, summed over the block's.
+    step_memory : float
+        In [0, 1). A generated token gives a block at least this times the share of attention that the block got in the
+        step before, this squared times that of two steps before, and so on: what was read and proved useful is read
+        again. The last rows of a prompt count as steps, by their scores. 0 forgets. Only without a walk and with
+        ``reduce="max"``.
     query_keep : float
         Share of a block's sub-queries, per head, that take part in "peak" scores, in (0, 1]: those that differ most
         from the block's mean.
@@ -134,6 +139,7 @@ class SketchWalkConfig:
     key_sub_block: int = 4
     salience: float = 2.0
     query_contrast: float = 1.25
+    step_memory: float = 0.9
     block_score: str = "peak"
     query_keep: float = 0.5
     reduce: str = "max"
@@ -195,6 +201,8 @@ class SketchWalkConfig:
             raise ValueError(f"salience must be a number of at least 0, got {self.salience!r}")
         if not (_is_real(self.query_contrast) and self.query_contrast > 0):
             raise ValueError(f"query_contrast must be above 0, got {self.query_contrast!r}")
+        if not (_is_real(self.step_memory) and 0.0 <= self.step_memory < 1.0):
+            raise ValueError(f"step_memory must be in [0, 1), got {self.step_memory!r}")
         if not (_is_real(self.walk_beta) and 0.0 <= self.walk_beta < 1.0):
             raise ValueError(f"walk_beta must be in [0, 1), got {self.walk_beta!r}")
         for name in ("query_sub_block", "key_sub_block"):
@@ -205,6 +213,11 @@ class SketchWalkConfig:
     def uses_walk(self) -> bool:
         """Whether transition rows are kept at all."""
         return self.walk != "none"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `step_memory` has any effect."""
+        return self.step_memory > 0 and not self.uses_walk and self.reduce == "max"
 
     def kept_sub_queries(self, sub_queries: int) -> int:
         """Sub-queries per head and block that take part in the scores, of `sub_queries`."""
@@ -237,6 +250,7 @@ class SketchWalkConfig:
             "key_sub_block": changes.get("block_size", 64),
             "salience": 0.0,
             "query_contrast": 1.0,
+            "step_memory": 0.0,
             "block_score": "mass",
             "head_mode": "mean",
             "score_scale": "sketch",
@@ -263,6 +277,7 @@ class SketchWalkConfig:
             "key_sub_block": changes.get("block_size", 64),
             "salience": 0.0,
             "query_contrast": 1.0,
+            "step_memory": 0.0,
             "block_score": "mass",
             "reduce": "mean",
             "score_scale": "authors",

@@ -165,10 +165,13 @@ def step_selection(
     scale: float,
     counts: tuple[Tensor, Tensor, Tensor],
     width: int,
+    step_memory: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, indices and counts of one decode step: `absorb_keys`, `call_scores` and the selection in fewer kernels.
+    """Scores, indices and counts of one decode step: `absorb_keys`, `call_scores`, `sketch_walk.memory.recall` and the
+    selection in fewer kernels.
 
-    `counts` are `sketch_walk.selection.row_counts`, `width` the greatest of the budgets.
+    `counts` are `sketch_walk.selection.row_counts`, `width` the greatest of the budgets. A `step_memory` of 0 leaves
+    the memory alone.
     """
     config = state.config
     make_room(state, key, layout, query)
@@ -182,6 +185,8 @@ def step_selection(
         scales,
         rotation(query.shape[3], config, query.device, kernels.product_dtype()),
         counts,
+        state.memory if step_memory else None,
+        step_memory,
         step=CLIP / KEY_LEVELS,
         scale=score_scale(query.shape[3], scale, config),
         width=width,

@@ -1,6 +1,7 @@
 """What the selector remembers of a sequence between calls; it lives with the KV cache, one `LayerSketch` per layer.
 
-Kept per layer: sketches of the keys; and, only when a walk is on, the transition rows of complete blocks and the
+Kept per layer: sketches of the keys; what share of attention each block got in the last steps (`sketch_walk.memory`);
+and, only when a walk is on, the transition rows of complete blocks and the
 queries of the last tokens. Transition rows of a new block need the queries of the whole block, which no KV cache
 holds: the ring of recent queries covers the open block and `ROLLBACK` tokens more, so that a crop of up to that many
 tokens (speculative decoding) loses nothing. After a deeper crop into a block, that one row is made from the queries
@@ -57,6 +58,7 @@ class LayerSketch:
         self.pending: list[Tensor] = []
         self.codes: Tensor | None = None
         self.scales: Tensor | None = None
+        self.memory: Tensor | None = None
         self.rows: Tensor | None = None
         self.ring: Tensor | None = None
         self.ring_start: Tensor | None = None
@@ -94,8 +96,10 @@ class LayerSketch:
         self.codes = torch.zeros(batch, heads, blocks + 1, payload, dtype=codes_dtype, device=device)
         if packed:
             self.scales = torch.zeros(batch, heads, blocks + 1, 1, device=device)
+        selections = heads if config.head_mode == "per_kv_head" else 1
+        if config.remembers:
+            self.memory = torch.zeros(batch, selections, blocks + 1, device=device)
         if config.uses_walk:
-            selections = heads if config.head_mode == "per_kv_head" else 1
             self.rows = torch.zeros(batch, selections, 1, dtype=config.walk_state_dtype, device=device)
             ring_dtype = torch.float32 if config.head_mode == "mean" else dtype
             heads, dim = ring_shape
@@ -124,6 +128,8 @@ class LayerSketch:
         self.codes = _grown(self.codes, blocks, dim=2)
         if self.scales is not None:
             self.scales = _grown(self.scales, blocks, dim=2)
+        if self.memory is not None:
+            self.memory = _grown(self.memory, blocks, dim=2)
         self._grow_rows(blocks)
         self.num_blocks = blocks
 
@@ -222,11 +228,14 @@ class LayerSketch:
         keep = max(0, tokens - self.tokens)
         if keep < self.pending_tokens:
             self.pending = [torch.cat(self.pending, 2)[:, :, :keep]] if keep else []
+        if tokens < self.tokens and self.memory is not None:
+            # Block by block: what was remembered of the block that is open again stays.
+            self.memory[:, :, -(-tokens // self.config.block_size) :] = 0
         self.tokens = min(self.tokens, tokens)
 
     def reorder(self, index: Int[Tensor, " new_batch"]) -> None:
         """Make sequence i of the new batch a copy of sequence ``index[i]`` (beam search)."""
-        for name in ("codes", "scales", "rows", "ring", "ring_start"):
+        for name in ("codes", "scales", "memory", "rows", "ring", "ring_start"):
             buffer = getattr(self, name)
             if buffer is not None:
                 setattr(self, name, buffer.index_select(0, index.to(buffer.device)))
@@ -245,16 +254,18 @@ class LayerSketch:
         self.tokens = 0
         self.pending = []
         if self.capacity is not None and self.codes is not None:
-            if self.ring_start is not None:
-                self.ring_start.zero_()
+            for buffer in (self.memory, self.ring_start):
+                if buffer is not None:
+                    buffer.zero_()
             return
         self.num_blocks = 0
-        self.codes = self.scales = self.rows = self.ring = self.ring_start = None
+        self.codes = self.scales = self.memory = self.rows = self.ring = self.ring_start = None
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes held, by part: keys, rows, queries (ring and deferred)."""
+        """Bytes held, by part: keys, memory of steps, rows, queries (ring and deferred)."""
         size = {
             "keys": _bytes((self.codes, self.scales)),
+            "memory": _bytes((self.memory,)),
             "rows": _bytes((self.rows,)),
             "queries": _bytes((self.ring, self.ring_start, *self.pending)),
         }
@@ -314,7 +325,7 @@ class SketchState:
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held over all layers, by part."""
-        total = {"keys": 0, "rows": 0, "queries": 0}
+        total = {"keys": 0, "memory": 0, "rows": 0, "queries": 0}
         for layer in self.layers.values():
             for part, size in layer.nbytes().items():
                 total[part] += size

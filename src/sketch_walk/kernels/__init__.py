@@ -85,9 +85,12 @@ def attend(
     causal: bool = True,
     bias: Float[Tensor, "batch one_or_heads num_queries num_keys"] | None = None,
     mean_correction: bool = False,
+    memory: Float[Tensor, "batch selections slots"] | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, str]:
     """Attention over the selected blocks, and the name of the kernel that computed it.
+
+    A `memory` is updated in place (`reference.attend_selected`); it goes with calls of one query per sequence.
 
     Raises
     ------
@@ -112,7 +115,7 @@ def attend(
             from sketch_walk.kernels import triton_attention
 
             output = triton_attention.attend_selected(
-                query, key, value, indices, counts, layout, block_size=block_size, scale=scale
+                query, key, value, indices, counts, layout, block_size=block_size, scale=scale, memory=memory
             )
             return output, "triton"
         if impl == "triton":
@@ -129,6 +132,7 @@ def attend(
         causal=causal,
         bias=bias,
         mean_correction=mean_correction,
+        memory=memory,
     )
     return output, "reference"
 
@@ -271,6 +275,8 @@ def step_selection(
     scales: Float[Tensor, "batch kv_heads blocks 1"],
     matrix: Float[Tensor, "head_dim width"],
     row_counts: tuple[Tensor, Tensor, Tensor],
+    memory: Float[Tensor, "batch selections slots"] | None,
+    step_memory: float,
     *,
     step: float,
     scale: float,
@@ -303,6 +309,9 @@ def step_selection(
         block_size=config.block_size,
         kv_heads=codes.shape[1],
         per_head=config.head_mode == "per_kv_head",
+        memory=memory,
+        past=layout.past,
+        fade=float(step_memory),
         after_peaks=True,
     )
 

@@ -31,6 +31,7 @@ def attend_selected(
     causal: bool = True,
     bias: Float[Tensor, "batch one_or_heads num_queries num_keys"] | None = None,
     mean_correction: bool = False,
+    memory: Float[Tensor, "batch selections slots"] | None = None,
 ) -> Shaped[Tensor, "batch heads num_queries head_dim"]:
     """Exact softmax attention of each query block over its selected key blocks, causal inside the diagonal block.
 
@@ -42,6 +43,10 @@ def attend_selected(
         Added to the logits, -inf to hide.
     mean_correction : bool
         Each causal block that is not selected stands in as its mean key and value, log(count) added to its logit.
+    memory : torch.Tensor, optional
+        float32, one slot per block and a spare one. For one query per sequence: the share of attention that each block
+        it reads gets, among those, in the head that gives most, is noted where it is more than the slot holds. A query
+        that is padding notes nothing.
 
     Returns
     -------
@@ -96,6 +101,9 @@ def attend_selected(
         mask = mask[:, :, :, None].expand(-1, -1, -1, group, -1, -1)
         if bias is not None:
             mask = mask + _gathered_bias(bias, query_at, key_at, kv_heads, group).to(mask.dtype)
+        if memory is not None:
+            noted = torch.where(query_real[:, :, None], block, -1)
+            _remember_shares(memory, queries, keys.unflatten(0, (batch, rows)), mask, noted, scale)
         if means is not None:
             row_block = first[:, None] + torch.arange(lo, hi, device=device)
             extra = _mean_bias(block, row_block, layout, block_size, mask.dtype, causal)
@@ -122,6 +130,23 @@ def attend_selected(
             result.flatten(2, 3).reshape(-1, value_dim),
         )
     return rows_out[:-1].view(batch, num_queries, heads, value_dim).transpose(1, 2)
+
+
+def _remember_shares(
+    memory: Float[Tensor, "batch selections slots"],
+    queries: Shaped[Tensor, "batch 1 kv_heads group 1 head_dim"],
+    keys: Shaped[Tensor, "batch 1 kv_heads keys head_dim"],
+    mask: Tensor,
+    block: Int[Tensor, "batch 1 selections blocks"],
+    scale: float,
+) -> None:
+    """Note the shares of the blocks, -1 for none, in place."""
+    logits = (queries[..., 0, :] @ keys.transpose(-1, -2)).float() * scale + mask[..., 0, :].float()
+    # [batch, kv_heads, group, blocks]
+    shares = logits.softmax(-1).unflatten(-1, (block.shape[3], -1)).sum(-1)[:, 0]
+    shares = shares.amax(2) if block.shape[2] > 1 else shares.amax((1, 2))[:, None]
+    slot = torch.where(block[:, 0] >= 0, block[:, 0], memory.shape[2] - 1)
+    memory.scatter_reduce_(2, slot, torch.where(block[:, 0] >= 0, shares, 0.0), "amax")
 
 
 def _widths(counts: Int[Tensor, "batch selections rows"]) -> list[int]:

@@ -18,7 +18,7 @@ from sketch_walk.kernels.triton_tiles import unsupported as supported
 from sketch_walk.layout import Layout
 
 if TYPE_CHECKING:
-    from jaxtyping import Int, Shaped
+    from jaxtyping import Float, Int, Shaped
 
 
 def attend_selected(
@@ -31,6 +31,7 @@ def attend_selected(
     *,
     block_size: int,
     scale: float,
+    memory: Float[Tensor, "batch selections slots"] | None = None,
 ) -> Shaped[Tensor, "batch heads num_queries head_dim"]:
     """As `reference.attend_selected`, causal.
 
@@ -42,10 +43,19 @@ def attend_selected(
     if scale < 0:
         # The running maximum of the logits is that of the products.
         query, scale = -query, -scale
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    output = None
+    if query.shape[2] == 1 and not (gradients and memory is None):
+        with torch.set_grad_enabled(False):
+            output = decode(
+                query, key, value, indices, counts, layout.length, block_size, scale,
+                table=layout.key_index, memory=memory, past=layout.past,
+            )  # fmt: skip
+    if gradients:
+        # The backward pass has a forward pass of its own.
         return SelectedAttention.apply(query, key, value, indices, counts, layout, block_size, scale)
-    if query.shape[2] == 1:
-        return decode(query, key, value, indices, counts, layout.length, block_size, scale, table=layout.key_index)
+    if output is not None:
+        return output
     return prefill(query, key, value, indices, counts, layout, block_size, scale)
 
 

@@ -34,7 +34,7 @@ from sketch_walk.kernels.triton_tiles import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Int, Shaped
+    from jaxtyping import Float, Int, Shaped
 
 # Programs per multiprocessor below which a step does not fill a GPU.
 PROGRAMS_PER_PROCESSOR = 2
@@ -44,6 +44,8 @@ KEY_TILE_BYTES = 16384
 IN_FLIGHT_BYTES = 98304
 # Partial results that are merged at a time.
 MERGED = 64
+# Blocks whose shares are remembered at a time.
+REMEMBERED = tl.constexpr(128)
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,10 @@ def _num_selected(counts, length, sequence, selection, c_batch, c_head, BLOCK: t
 
 @triton.jit(do_not_specialize=["num_splits", "i_batch", "i_head", "c_batch", "c_head", "t_batch"])
 def _decode(
-    query, key, value, output, partial, indices, counts, length, table,
+    query, key, value, output, partial, masses, indices, counts, length, table,
     q_batch, q_head, k_batch, k_head, k_page, k_token, v_batch, v_head, v_page, v_token, o_batch, o_head,
     i_batch, i_head, c_batch, c_head, t_batch,
-    num_splits, scale_log2,
+    num_splits, num_units, scale_log2,
     GROUP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, PAGE: tl.constexpr,
     WHOLE: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
@@ -121,7 +123,8 @@ def _decode(
 
     Token t stands in row t of a contiguous cache (PAGE 0), else in row t % PAGE of page table[t // PAGE].
     WHOLE: there is one split, and its result is the output. `partial` holds the sums of all splits of all heads, then
-    their greatest logits, then their totals.
+    their greatest logits, then their totals. `masses` takes the log-sum-exp of every head's logits over each unit: the
+    keys of a block, or of a step where a block takes several.
     """
     await_previous(PDL)
     release_next(PDL and not WHOLE)
@@ -173,7 +176,18 @@ def _decode(
         keys = load_lanes(key, key_at, dim, seen, HEAD_DIM, WIDEN)
         values = load_lanes(value, value_at, dim, seen, HEAD_DIM, WIDEN)
         logits = product(queries, tl.trans(keys), WIDEN) * scale_log2
-        acc, best, total = accumulate(acc, best, total, tl.where(seen[None, :], logits, HIDDEN), values, 1.0, WIDEN)
+        logits = tl.where(seen[None, :], logits, HIDDEN)
+        acc, best, total = accumulate(acc, best, total, logits, values, 1.0, WIDEN)
+        if masses is not None:
+            WHOLE_BLOCKS: tl.constexpr = (KEYS + BLOCK - 1) // BLOCK
+            UNIT: tl.constexpr = KEYS // WHOLE_BLOCKS
+            # Over the best logit so far: what lies far below that has no share.
+            weight = tl.reshape(tl.exp2(logits - best[:, None]), [LANES, WHOLE_BLOCKS, UNIT])
+            mass = best[:, None] + tl.log2(tl.maximum(tl.sum(weight, 2), 1.1754944e-38))
+            unit = start // UNIT + tl.arange(0, WHOLE_BLOCKS)
+            of_head = masses + (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + head) * num_units
+            kept = real[:, None] & (unit * UNIT < last)[None, :]
+            tl.store(of_head[:, None] + unit[None, :], mass, mask=kept)
     if WHOLE:
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         to = sequence.to(tl.int64) * o_batch + head * o_head
@@ -188,14 +202,33 @@ def _decode(
         tl.store(peaks + num_slots + slots, total, mask=real)
 
 
-@triton.jit(do_not_specialize=["num_splits", "c_batch", "c_head"])
-def _merge(
-    partial, output, counts, length,
-    o_batch, o_head, c_batch, c_head, num_splits,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MERGED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, PDL: tl.constexpr,
+@triton.jit
+def _remember(
+    memory, indices, masses, normaliser, count,
+    UNITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Output of one head of one sequence from the partial results of its splits; 0 where there are none."""
+    """One head's share of attention in each block it read, where that is more than is remembered of the block."""
+    for first in range(0, count, BLOCKS):
+        place = first + tl.arange(0, BLOCKS)
+        kept = place < count
+        unit = place[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
+        mass = tl.load(masses + unit, mask=kept[:, None], other=float("-inf"))
+        share = tl.sum(tl.exp2(mass - normaliser), 1)
+        block = tl.load(indices + place, mask=kept, other=0)
+        tl.atomic_max(memory + block, share, mask=kept, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_splits", "i_batch", "i_head", "c_batch", "c_head"])
+def _merge(
+    partial, output, masses, memory, indices, counts, past, length,
+    o_batch, o_head, i_batch, i_head, c_batch, c_head, m_batch, m_head, num_splits,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MERGED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Output of one head of one sequence from the partial results of its splits; 0 where there are none.
+
+    With a `memory`, its shares of the blocks too, UNITS of `masses` each, unless the sequence has no new token.
+    """
     await_previous(PDL)
     head, sequence = tl.program_id(0), tl.program_id(1)
     selection = head // GROUP if PER_HEAD else 0
@@ -223,6 +256,14 @@ def _merge(
     result = acc / tl.where(total > 0, total, 1.0)
     to = sequence.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
     tl.store(output + to + dim, result.to(output.dtype.element_ty), mask=dim < HEAD_DIM)
+    if memory is not None:
+        noted = tl.where(tl.load(past + sequence) < tl.load(length + sequence), count, 0)
+        _remember(
+            memory + sequence.to(tl.int64) * m_batch + selection * m_head,
+            indices + sequence.to(tl.int64) * i_batch + selection * i_head,
+            masses + (sequence.to(tl.int64) * tl.num_programs(0) + head) * (num_splits * BLOCKS * UNITS),
+            tl.max(best + tl.log2(tl.maximum(total, 1.1754944e-38)), 0), noted, UNITS, REMEMBERED,
+        )  # fmt: skip
 
 
 def decode(
@@ -237,6 +278,8 @@ def decode(
     *,
     table: Int[Tensor, "batch entries"] | None = None,
     page_size: int = 0,
+    memory: Float[Tensor, "batch selections slots"] | None = None,
+    past: Int[Tensor, " batch"] | None = None,
     launch: DecodeLaunch | None = None,
 ) -> Shaped[Tensor, "batch heads 1 head_dim"]:
     """One query per sequence over its selected blocks.
@@ -250,6 +293,8 @@ def decode(
         `page_size`.
     table : torch.Tensor, optional
         Page of every `page_size` tokens; without a `page_size`, the position of every token.
+    memory, past : torch.Tensor, optional
+        As in `reference.attend_selected`; `past` is int64, the tokens before the query.
     launch : DecodeLaunch, optional
         Default: `decode_launch`.
     """
@@ -276,26 +321,30 @@ def decode(
     )
     splits = max(1, -(-max_selected // launch.blocks))
     output = torch.empty(batch, heads, 1, head_dim, dtype=query.dtype, device=query.device)
-    partial = None
-    if splits > 1:
+    partial, masses, units = None, None, max(1, block_size // launch.keys)
+    whole = splits == 1 and memory is None
+    if memory is not None:
+        masses = torch.empty(batch, heads, splits * launch.blocks * units, dtype=torch.float32, device=query.device)
+    if not whole:
         partial = torch.empty(batch * heads * splits * (head_dim + 2), dtype=torch.float32, device=query.device)
     pdl = dependent(overlaps(query.device))
     _decode[(splits, kv_heads, batch)](
-        query, key, value, output, partial, indices, counts, length, table,
+        query, key, value, output, partial, masses, indices, counts, length, table,
         *query.stride()[:2], *strides, *output.stride()[:2],
         *selection_strides, 0 if table is None else table.stride(0),
-        splits, scale * LOG2_E,
+        splits, splits * launch.blocks * units, scale * LOG2_E,
         GROUP=group, LANES=max(16, next_power_of_2(group)), BLOCK=block_size, BLOCKS=launch.blocks,
         KEYS=launch.keys, HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1,
-        PAGE=0 if table is None else page_size or 1, WHOLE=splits == 1, STAGES=launch.num_stages, WIDEN=interpreted(),
+        PAGE=0 if table is None else page_size or 1, WHOLE=whole, STAGES=launch.num_stages, WIDEN=interpreted(),
         num_warps=launch.num_warps, num_stages=launch.num_stages, **pdl,
     )  # fmt: skip
-    if splits > 1:
+    if not whole:
         _merge[(heads, batch)](
-            partial, output, counts, length,
-            *output.stride()[:2], *selection_strides[2:], splits,
+            partial, output, masses, memory, indices, counts, past, length,
+            *output.stride()[:2], *selection_strides, *((0, 0) if memory is None else memory.stride()[:2]), splits,
             GROUP=group, BLOCK=block_size, BLOCKS=launch.blocks, MERGED=min(MERGED, next_power_of_2(splits)),
-            HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1, num_warps=4, **pdl,
+            HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1, UNITS=units, num_warps=4,
+            **pdl,
         )  # fmt: skip
     return output
 

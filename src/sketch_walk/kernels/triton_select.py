@@ -182,10 +182,19 @@ def _last_row(length, sequence, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _recalled(values, memory, column, available, past, length, sequence, fade):
+    """The scores with what is remembered of the blocks, which fades, in place, with a new token."""
+    fade = tl.where(tl.load(past + sequence) < tl.load(length + sequence), fade, 1.0)
+    held = tl.load(memory + column, mask=column < available, other=0.0) * fade
+    tl.store(memory + column, held, mask=column < available)
+    return tl.maximum(values, held)
+
+
+@triton.jit
 def _select(
-    scores, past, length, budget, sink, local, best, indices, counts,
-    s_batch, s_selection, s_row, s_part,
-    num_rows, num_selections, num_blocks, width, tail,
+    scores, past, length, budget, sink, local, best, indices, counts, memory, seen,
+    s_batch, s_selection, s_row, s_part, m_batch, m_selection,
+    num_rows, num_selections, num_blocks, width, tail, fade,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -214,6 +223,9 @@ def _select(
     else:
         for part in range(1, PARTS):
             values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=column < available, other=0.0))
+    if memory is not None:
+        held = memory + sequence * m_batch + selection.to(tl.int64) * m_selection
+        values = _recalled(values, held, column, available, seen, length, sequence, fade)
     place = (sequence * num_selections + selection) * num_rows + index
     if PARTS > 1:
         tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
@@ -225,9 +237,9 @@ def _select(
 
 @triton.jit
 def _from_peaks(
-    peaks, length, budget, sink, local, best, indices, counts,
-    p_batch, p_head,
-    num_blocks, width,
+    peaks, length, budget, sink, local, best, indices, counts, memory, seen,
+    p_batch, p_head, m_batch, m_selection,
+    num_blocks, width, fade,
     BLOCK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PART_HEADS: tl.constexpr, TILE: tl.constexpr,
     COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr, CHOOSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -257,6 +269,9 @@ def _from_peaks(
         total = tl.sum(weight, 1)
         share = weight * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
         values = tl.maximum(values, tl.max(share, 0))
+    if CHOOSE and (memory is not None):
+        held = memory + sequence * m_batch + selection.to(tl.int64) * m_selection
+        values = _recalled(values, held, column, available, seen, length, sequence, fade)
     place = sequence * tl.num_programs(0) + part
     tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
     if CHOOSE:
@@ -326,8 +341,8 @@ def select_rows(
         columns = next_power_of_2(blocks)
         launch = launch or select_launch(columns, counts.numel(), device_of(scores.device))
         _select[(rows, selections, batch)](
-            scores, past, length, budget, sink, local, None, table, counts,
-            *scores.stride()[:3], 0, rows, selections, blocks, width, tail,
+            scores, past, length, budget, sink, local, None, table, counts, None, None,
+            *scores.stride()[:3], 0, 0, 0, rows, selections, blocks, width, tail, 1.0,
             BLOCK=block_size, PARTS=1, COLUMNS=columns, THRESHOLDS=launch.thresholds,
             FILL=next_power_of_2(width), PDL=False, num_warps=launch.num_warps,
         )  # fmt: skip
@@ -345,6 +360,9 @@ def select_from_peaks(
     block_size: int,
     kv_heads: int,
     per_head: bool,
+    memory: Float[Tensor, "batch selections slots"] | None = None,
+    past: Int[Tensor, " batch"] | None = None,
+    fade: float = 1.0,
     part_heads: int | None = None,
     after_peaks: bool = False,
     launch: SelectLaunch | None = None,
@@ -366,6 +384,11 @@ def select_from_peaks(
         Key/value heads; it divides the heads of `peaks`.
     per_head : bool
         One selection per key/value head instead of one for all heads.
+    memory, past : torch.Tensor, optional
+        With `sketch_walk.memory.recall`: float32, contiguous, of at least as many slots as blocks; faded in place where
+        a sequence is longer than `past`, int64. Slots beyond the last token's block are left alone.
+    fade : float
+        What is left of the memory after a token.
     part_heads : int, optional
         Heads of one program. At or above the heads of a selection one launch does everything; below, a second one takes
         the greatest of the parts and chooses. Default: `split_heads`.
@@ -388,6 +411,7 @@ def select_from_peaks(
     """
     shape = _parts(peaks, kv_heads, per_head, part_heads)
     _check(peaks, budget, sink, local, width)
+    held = (0, 0) if memory is None else memory.stride()[:2]
     batch, blocks, selections, parts = peaks.shape[0], peaks.shape[2], shape.selections, shape.parts
     scores = peaks.new_empty(batch, selections, 1, blocks)
     table, counts = _page_table(peaks, 1, selections, width)
@@ -402,14 +426,15 @@ def select_from_peaks(
         "FILL": next_power_of_2(width),
     }  # fmt: skip
     _from_peaks[(selections * parts, batch)](
-        peaks, length, budget, sink, local, shares, table, counts, *peaks.stride()[:2], blocks, width,
+        peaks, length, budget, sink, local, shares, table, counts, memory, past,
+        *peaks.stride()[:2], *held, blocks, width, fade,
         HEADS=shape.heads, PART_HEADS=shape.part_heads, TILE=shape.tile, CHOOSE=parts == 1, **common,
         num_warps=max(shape.num_warps, launch.num_warps if parts == 1 else 1), **pdl,
     )  # fmt: skip
     if parts > 1:
         _select[(1, selections, batch)](
-            shares, None, length, budget, sink, local, scores, table, counts,
-            *shares.stride()[:2], 0, shares.stride(2), 1, selections, blocks, width, 0,
+            shares, None, length, budget, sink, local, scores, table, counts, memory, past,
+            *shares.stride()[:2], 0, shares.stride(2), *held, 1, selections, blocks, width, 0, fade,
             **common, num_warps=launch.num_warps, **pdl,
         )  # fmt: skip
     return ScoredRows(scores, table, counts)
@@ -433,7 +458,8 @@ def scores_from_peaks(
     shares = peaks.new_empty(batch, shape.selections, shape.parts, blocks)
     if shares.numel():
         _from_peaks[(shape.selections * shape.parts, batch)](
-            peaks, None, None, None, None, shares, None, None, *peaks.stride()[:2], blocks, 0,
+            peaks, None, None, None, None, shares, None, None, None, None,
+            *peaks.stride()[:2], 0, 0, blocks, 0, 1.0,
             BLOCK=0, HEADS=shape.heads, PARTS=shape.parts, PART_HEADS=shape.part_heads, TILE=shape.tile,
             COLUMNS=next_power_of_2(blocks), THRESHOLDS=1, FILL=1, CHOOSE=False, PDL=False,
             num_warps=shape.num_warps,

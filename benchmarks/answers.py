@@ -1,0 +1,150 @@
+"""Answers given token by token: sparse prompts with dense steps and with sparse steps, with and without a memory.
+
+    python benchmarks/answers.py --tokens 3952,3968,3984,4000 --samples 32 --out benchmarks/results/answers_smollm2.json
+
+A step's query is one token, so that nothing of the answer helps a prompt's last block to choose. Prompts of several
+lengths end at several places of their last block. Every row is paired, sample by sample, with the sparse prompt and
+dense steps of its density. One length per process may be measured with `--out`, and `--merge` joins the files; the
+last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from sketch_walk import SketchWalkConfig
+from sketch_walk.evaluation.decode import DecodeScores, make_decode_workload, measure_decode, measure_dense_decode
+from sketch_walk.evaluation.statistics import mean_of, paired_difference
+from sketch_walk.integrations.models import load
+
+TASKS = ("prose", "multi_key")
+BASE: dict[str, Any] = {"min_blocks": 4, "dense_below": 0}
+# Name of a row, what it changes, and which calls are sparse.
+ROWS: list[tuple[str, dict[str, Any], str]] = [
+    (f"{name}, {density}", {"density": density, **changes}, mode)
+    for density in (0.2, 0.1)
+    for name, changes, mode in (
+        ("sparse prompt, dense steps", {}, "prefill"),
+        ("sparse prompt, sparse steps", {}, "both"),
+        ("sparse prompt, sparse steps without a memory", {"step_memory": 0.0}, "both"),
+        ("dense prompt, sparse steps", {}, "decode"),
+    )
+]
+
+
+def joined(parts: list[DecodeScores]) -> dict[str, Any]:
+    """Outcomes of one row over all lengths, as lists in the order of the lengths."""
+    return {
+        "hits": {task: [x for part in parts for x in part.hits[task]] for task in TASKS},
+        "nll": {task: [round(x, 5) for part in parts for x in part.nll[task]] for task in TASKS},
+        "continuation_nll": [round(x, 5) for part in parts for x in part.continuation_nll],
+        "agreement": [round(x, 4) for part in parts for x in part.agreement],
+        "prefill_density": parts[0].prefill_density,
+        "decode_density": parts[0].decode_density,
+        "impls": parts[0].impls,
+    }
+
+
+def measure(lengths: list[int], samples: int, texts: int, new_tokens: int) -> dict[str, Any]:
+    """Every row of every length."""
+    loaded = load()
+    rows: dict[str, list[DecodeScores]] = {"dense": [], **{name: [] for name, _, _ in ROWS}}
+    with tqdm(total=len(lengths) * len(rows)) as bar:
+        for tokens in lengths:
+            workload = make_decode_workload(
+                loaded.tokenizer, tokens, tasks=TASKS, samples=samples, texts=texts, new_tokens=new_tokens
+            )
+            dense = measure_dense_decode(loaded.model, workload)
+            rows["dense"].append(dense.scores)
+            bar.update()
+            for name, fields, mode in ROWS:
+                config = SketchWalkConfig(**BASE, **fields)
+                rows[name].append(measure_decode(loaded.model, workload, dense, config, modes=[mode])[mode])
+                bar.update()
+    device = next(loaded.model.parameters()).device
+    return {
+        "what": "needle answers and dense's own continuations, one call per token",
+        "model": "SmolLM2-135M-Instruct, bfloat16",
+        "tokens": lengths,
+        "seeds": f"0-{samples - 1} of each length",
+        "new_tokens": new_tokens,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "config": SketchWalkConfig(**BASE, density=0.2).to_dict(),
+        "rows": {name: joined(parts) for name, parts in rows.items()},
+    }
+
+
+def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Records of several lengths as one."""
+    whole = records[0]
+    for record in records[1:]:
+        whole["tokens"] += record["tokens"]
+        for name, row in record["rows"].items():
+            mine = whole["rows"][name]
+            for field in ("hits", "nll"):
+                for task in TASKS:
+                    mine[field][task] += row[field][task]
+            for field in ("continuation_nll", "agreement"):
+                mine[field] += row[field]
+    return whole
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Means of every row, and what dense steps do to it."""
+    result = {}
+    for name, row in rows.items():
+        base = rows["dense" if ", " not in name else f"sparse prompt, dense steps, {name.rsplit(', ', 1)[1]}"]
+        result[name] = {
+            **{f"{task}_hits": mean_of(row["hits"][task])._asdict() for task in TASKS},
+            **{f"{task}_nll": mean_of(row["nll"][task])._asdict() for task in TASKS},
+            **{
+                f"{task}_hits_against_dense_steps": paired_difference(row["hits"][task], base["hits"][task])._asdict()
+                for task in TASKS
+            },
+            "continuation_nll": mean_of(row["continuation_nll"])._asdict() if row["continuation_nll"] else None,
+            "agreement": mean_of(row["agreement"])._asdict() if row["agreement"] else None,
+        }
+    return result
+
+
+def main() -> None:
+    """Measure or join, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tokens", default="3952,3968,3984,4000")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--texts", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--merge", type=Path, nargs="*", help="files of earlier runs to join instead of measuring")
+    args = parser.parse_args()
+    if args.merge:
+        record = merged([json.loads(path.read_text(encoding="utf-8")) for path in args.merge])
+    else:
+        lengths = [int(x) for x in args.tokens.split(",")]
+        record = measure(lengths, args.samples, args.texts, args.new_tokens)
+        record["command"] = "python benchmarks/answers.py " + " ".join(sys.argv[1:])
+    record["summary"] = summary(record["rows"])
+    for name, row in record["summary"].items():
+        figures = [f"{row[f'{task}_hits']['mean']:.3f} / {row[f'{task}_nll']['mean']:.3f}" for task in TASKS]
+        print(
+            f"{name:55s}",
+            *figures,
+            "" if row["continuation_nll"] is None else round(row["continuation_nll"]["mean"], 3),
+        )
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record["summary"]))
+
+
+if __name__ == "__main__":
+    main()

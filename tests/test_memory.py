@@ -1,0 +1,212 @@
+"""Memory of steps: what is remembered, how it fades, and that the kernels remember what the reference remembers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sketch_walk import SketchWalkConfig, sketch_walk_attention
+from sketch_walk.layout import make_layout
+from sketch_walk.memory import recall, remember_rows
+from sketch_walk.state import LayerSketch
+
+CONFIG = SketchWalkConfig(block_size=16, top_k_blocks=4, query_sub_block=4, key_sub_block=4, dense_below=0)
+TRITON = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def tensors(tokens: int, *, batch: int = 1, heads: int = 4, kv_heads: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, h, tokens, 32) for h in (heads, kv_heads, kv_heads)]
+    return tuple(torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes)
+
+
+def step(
+    state: LayerSketch, q: Tensor, k: Tensor, v: Tensor, end: int, config: SketchWalkConfig, impl: str = "reference"
+) -> SketchWalkOutput:
+    """The token before `end`."""
+    return sketch_walk_attention(q[:, :, end - 1 : end], k[:, :, :end], v[:, :, :end], config, state=state, impl=impl)
+
+
+def prompt(q: Tensor, k: Tensor, v: Tensor, end: int, config: SketchWalkConfig) -> LayerSketch:
+    state = LayerSketch(config)
+    sketch_walk_attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], config, state=state, impl="reference")
+    return state
+
+
+def true_shares(q: Tensor, k: Tensor, end: int, blocks: Tensor) -> Tensor:
+    """Share of each block of `blocks` in the attention of token end - 1 over them alone, greatest over heads."""
+    keys = k[0].repeat_interleave(q.shape[1] // k.shape[1], 0)[:, :end]
+    logits = (q[0, :, end - 1 : end] @ keys.mT)[:, 0] / 32**0.5
+    read = torch.isin(torch.arange(end, device=k.device) // 16, blocks)
+    weights = logits.masked_fill(~read, -torch.inf).softmax(-1)
+    return torch.stack([weights[:, b * 16 : (b + 1) * 16].sum(-1).amax() for b in blocks.tolist()])
+
+
+def test_a_step_notes_the_true_shares_of_what_it_read() -> None:
+    q, k, v = tensors(200)
+    state = prompt(q, k, v, 190, CONFIG)
+    assert state.memory is not None
+    state.memory.zero_()
+    result = step(state, q, k, v, 191, CONFIG)
+    read = result.selection.indices[0, 0].long()
+    torch.testing.assert_close(state.memory[0, 0, read], true_shares(q, k, 191, read))
+    others = torch.ones(state.memory.shape[2], dtype=torch.bool, device=DEVICE)
+    others[read] = False
+    assert not state.memory[0, 0, others].any()
+
+
+def test_what_was_useful_is_read_again_and_fades() -> None:
+    q, k, v = tensors(200)
+    found, missed = prompt(q, k, v, 190, CONFIG), prompt(q, k, v, 190, replace(CONFIG, step_memory=0.0))
+    assert missed.memory is None
+    unread = [b for b in range(12) if b not in step(missed, q, k, v, 191, CONFIG).selection.indices[0, 0].tolist()]
+    assert found.memory is not None
+    found.memory[0, 0, unread[0]] = 1.0
+    first = step(found, q, k, v, 191, CONFIG)
+    assert unread[0] in first.selection.indices[0, 0].tolist()
+    assert first.walk[0, 0, 0, unread[0]] == pytest.approx(0.9)
+    # Its true share is small, and the claim has faded.
+    assert found.memory[0, 0, unread[0]] == pytest.approx(0.9)
+    for end in range(192, 201):
+        step(found, q, k, v, end, CONFIG)
+    assert found.memory[0, 0, unread[0]] < 0.9**9 + 0.2
+
+
+def test_a_prompt_leaves_its_last_rows() -> None:
+    layout = make_layout(2, 40, 40, torch.device("cpu"))
+    scores = torch.rand(2, 1, 3, 3)
+    memory = torch.full((2, 1, 4), 7.0)
+    remember_rows(memory, scores, layout, CONFIG)
+    # The last block holds 8 of the 40 tokens.
+    torch.testing.assert_close(memory[:, :, :3], torch.maximum(scores[:, :, 2], 0.9**8 * scores[:, :, 1]))
+
+
+def test_calls_within_a_block_keep_what_was_remembered() -> None:
+    layout = make_layout(1, 3, 40, torch.device("cpu"))
+    scores, memory = torch.rand(1, 1, 1, 3), torch.rand(1, 1, 4)
+    expected = torch.maximum(scores[:, :, 0], 0.9**3 * memory[:, :, :3])
+    remember_rows(memory, scores, layout, CONFIG)
+    torch.testing.assert_close(memory[:, :, :3], expected)
+
+
+def test_a_sequence_without_a_new_token_remembers_as_before() -> None:
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    valid[1, 39:] = False
+    layout = make_layout(2, 1, 40, torch.device("cpu"), valid=valid)
+    memory = torch.rand(2, 1, 4)
+    before = memory.clone()
+    recall(memory, torch.zeros(2, 1, 1, 3), layout, CONFIG)
+    torch.testing.assert_close(memory[0], before[0] * 0.9)
+    torch.testing.assert_close(memory[1], before[1])
+    remember_rows(memory, torch.ones(2, 1, 1, 3), layout, CONFIG)
+    torch.testing.assert_close(memory[1], before[1])
+
+
+def test_slots_beyond_the_sequence_say_nothing() -> None:
+    layout = make_layout(1, 1, 20, torch.device("cpu"))
+    scores = recall(torch.ones(1, 1, 4), torch.zeros(1, 1, 1, 3), layout, CONFIG)
+    assert scores.flatten().tolist() == pytest.approx([0.9, 0.9, 0.0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step_memory": 0.0}, {"walk": "damped"}, {"reduce": "mean"}],
+    ids=["off", "walk", "mean"],
+)
+def test_configs_without_a_memory(changes: dict[str, object]) -> None:
+    config = replace(CONFIG, **changes)  # type: ignore[arg-type]
+    assert not config.remembers
+    q, k, v = tensors(60)
+    assert prompt(q, k, v, 59, config).memory is None
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan"), "0.5"])
+def test_step_memory_is_checked(value: object) -> None:
+    with pytest.raises(ValueError, match="step_memory"):
+        replace(CONFIG, step_memory=value)  # type: ignore[arg-type]
+
+
+def test_crop_reorder_repeat_and_reset() -> None:
+    q, k, v = tensors(200, batch=2)
+    state = prompt(q, k, v, 190, CONFIG)
+    state.tokens = 190
+    assert state.memory is not None
+    before = state.memory.clone()
+    state.reorder(torch.tensor([1, 0]))
+    torch.testing.assert_close(state.memory, before.flip(0))
+    state.repeat(2)
+    torch.testing.assert_close(state.memory, before.flip(0).repeat_interleave(2, 0))
+    state.crop(100)
+    assert state.memory[:, :, :7].any()
+    assert not state.memory[:, :, 7:].any()
+    state.reset()
+    assert state.memory is None
+    fixed = LayerSketch(CONFIG, capacity=200)
+    sketch_walk_attention(q[:, :, :60], k[:, :, :60], v[:, :, :60], CONFIG, state=fixed, impl="reference")
+    assert fixed.memory is not None
+    assert fixed.memory.any()
+    address = fixed.memory.data_ptr()
+    fixed.reset()
+    assert fixed.memory.data_ptr() == address
+    assert not fixed.memory.any()
+
+
+def test_the_memory_grows_with_the_sequence() -> None:
+    q, k, v = tensors(200)
+    state = prompt(q, k, v, 40, CONFIG)
+    assert state.memory is not None
+    before = state.memory[:, :, :3].clone()
+    sketch_walk_attention(q[:, :, 40:45], k[:, :, :45], v[:, :, :45], CONFIG, state=state, impl="reference")
+    step(state, q, k, v, 60, CONFIG)
+    assert state.memory.shape[2] == state.num_blocks + 1
+    assert (state.memory[:, :, :3] >= 0.9**6 * before - 1e-6).all()
+
+
+@pytest.mark.skipif(not TRITON, reason="needs a GPU or TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "changes"),
+    [
+        (1, 4, 2, {}),
+        (2, 8, 2, {"head_mode": "per_kv_head"}),
+        (2, 6, 2, {"block_size": 32, "top_k_blocks": 2}),
+        (1, 12, 1, {"block_size": 128, "top_k_blocks": 2}),
+        (1, 16, 2, {"step_memory": 0.5}),
+    ],
+)
+def test_kernels_remember_what_the_reference_remembers(
+    batch: int, heads: int, kv_heads: int, changes: dict[str, object]
+) -> None:
+    config = replace(CONFIG, **changes)  # type: ignore[arg-type]
+    q, k, v = tensors(401, batch=batch, heads=heads, kv_heads=kv_heads)
+    expected, found = prompt(q, k, v, 396, config), prompt(q, k, v, 396, config)
+    for end in range(397, 402):
+        # One past for both: a block within rounding of the cut would lead them apart.
+        assert expected.memory is not None
+        assert found.memory is not None
+        blocks = -(-end // config.block_size)
+        want = step(expected, q, k, v, end, config)
+        have = step(found, q, k, v, end, config, impl="triton")
+        assert have.impl == "triton"
+        torch.testing.assert_close(have.walk, want.walk, rtol=3e-2, atol=3e-3)
+        torch.testing.assert_close(have.selection.indices, want.selection.indices)
+        torch.testing.assert_close(found.memory[..., :blocks], expected.memory[..., :blocks], rtol=3e-3, atol=1e-5)
+        found.memory.copy_(expected.memory)
+
+
+@pytest.mark.skipif(not TRITON, reason="needs a GPU or TRITON_INTERPRET=1")
+def test_gradients_leave_the_memory_right() -> None:
+    q, k, v = tensors(100)
+    expected, found = prompt(q, k, v, 99, CONFIG), prompt(q, k, v, 99, CONFIG)
+    step(expected, q, k, v, 100, CONFIG)
+    with torch.enable_grad():
+        v.requires_grad_()
+        step(found, q, k, v, 100, CONFIG, impl="triton").output.sum().backward()
+    assert v.grad is not None
+    assert expected.memory is not None
+    assert found.memory is not None
+    torch.testing.assert_close(found.memory, expected.memory, rtol=3e-3, atol=1e-5)
