@@ -3,9 +3,8 @@
     python benchmarks/answers.py --tokens 3952,3968,3984,4000 --samples 32 --out benchmarks/results/answers_smollm2.json
 
 A step's query is one token, so that nothing of the answer helps a prompt's last block to choose. Prompts of several
-lengths end at several places of their last block. Every row is paired, sample by sample, with the sparse prompt and
-dense steps of its density. One length per process may be measured with `--out`, and `--merge` joins the files; the
-last line is JSON.
+lengths end at several places of their last block. Every row is paired, sample by sample, with dense steps after the
+same prompts. Lengths may be measured in processes of their own, and `--merge` joins their files; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,16 +26,25 @@ from sketch_walk.integrations.models import load
 
 TASKS = ("prose", "multi_key")
 BASE: dict[str, Any] = {"min_blocks": 4, "dense_below": 0}
-# Name of a row, what it changes, and which calls are sparse.
-ROWS: list[tuple[str, dict[str, Any], str]] = [
-    (f"{name}, {density}", {"density": density, **changes}, mode)
-    for density in (0.2, 0.1)
-    for name, changes, mode in (
-        ("sparse prompt, dense steps", {}, "prefill"),
-        ("sparse prompt, sparse steps", {}, "both"),
-        ("sparse prompt, sparse steps without a memory", {"step_memory": 0.0}, "both"),
-        ("dense prompt, sparse steps", {}, "decode"),
-    )
+# Ways to run a setting: name, what it changes, which calls are sparse. Dense steps come first: the others are held to
+# them.
+WAYS: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("dense steps", {}, "prefill"),
+    ("sparse steps", {}, "both"),
+    ("sparse steps without a memory", {"step_memory": 0.0}, "both"),
+)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "0.2": {"density": 0.2},
+    "0.2, tail of 4": {"density": 0.2, "dense_tail_blocks": 4},
+    "0.1, tail of 4": {"density": 0.1, "dense_tail_blocks": 4},
+}
+ROWS: list[tuple[str, str, dict[str, Any], str]] = [
+    *(
+        (setting, way, {**fields, **changes}, mode)
+        for setting, fields in SETTINGS.items()
+        for way, changes, mode in WAYS
+    ),
+    *(("dense prompt, 0.2", way, {"density": 0.2, **changes}, "decode") for way, changes, _ in WAYS[1:]),
 ]
 
 
@@ -56,7 +64,8 @@ def joined(parts: list[DecodeScores]) -> dict[str, Any]:
 def measure(lengths: list[int], samples: int, texts: int, new_tokens: int) -> dict[str, Any]:
     """Every row of every length."""
     loaded = load()
-    rows: dict[str, list[DecodeScores]] = {"dense": [], **{name: [] for name, _, _ in ROWS}}
+    names = [f"{setting}: {way}" for setting, way, _, _ in ROWS]
+    rows: dict[str, list[DecodeScores]] = {"dense": [], **{name: [] for name in names}}
     with tqdm(total=len(lengths) * len(rows)) as bar:
         for tokens in lengths:
             workload = make_decode_workload(
@@ -65,7 +74,7 @@ def measure(lengths: list[int], samples: int, texts: int, new_tokens: int) -> di
             dense = measure_dense_decode(loaded.model, workload)
             rows["dense"].append(dense.scores)
             bar.update()
-            for name, fields, mode in ROWS:
+            for name, (_, _, fields, mode) in zip(names, ROWS, strict=True):
                 config = SketchWalkConfig(**BASE, **fields)
                 rows[name].append(measure_decode(loaded.model, workload, dense, config, modes=[mode])[mode])
                 bar.update()
@@ -103,7 +112,7 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Means of every row, and what dense steps do to it."""
     result = {}
     for name, row in rows.items():
-        base = rows["dense" if ", " not in name else f"sparse prompt, dense steps, {name.rsplit(', ', 1)[1]}"]
+        base = rows.get(f"{name.partition(': ')[0]}: {WAYS[0][0]}", rows["dense"])
         result[name] = {
             **{f"{task}_hits": mean_of(row["hits"][task])._asdict() for task in TASKS},
             **{f"{task}_nll": mean_of(row["nll"][task])._asdict() for task in TASKS},

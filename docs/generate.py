@@ -55,12 +55,15 @@ OTHER_ABLATIONS = {"question-block": "ablations_question_cpu.json", "decode": "a
 QUALITY, PLAIN = "yardstick_smollm2_4k.json", "yardstick_smollm2_4k_plain.json"
 EARLIER, EARLIER_TRITON = "yardstick_smollm2_4k_mass.json", "yardstick_smollm2_4k_mass_triton.json"
 SPEED, DECODE, GENERATION = "cpu_prompt.json", "cpu_decode.json", "cpu_generation.json"
+ANSWERS = "answers_smollm2.json"
 GPU_CUTE, MEMORY, SELECTOR = "gpu_cute.json", "gpu_memory.json", "gpu_selector.json"
 # Of `sketch-walk bench attention`.
 PREFILL, TRITON, STEP, SHORT = "gpu_prefill.json", "gpu_prefill_triton.json", "gpu_decode.json", "gpu_short.json"
 CROSS, EAGER = "gpu_cross.json", "gpu_eager.json"
 # Of `sketch-walk bench model`, and of benchmarks/gpu_million.py.
 TTFT, MODEL_STEP, MILLION = "gpu_ttft.json", "gpu_step.json", "gpu_million.json"
+# Files that time decode steps.
+DECODED = (STEP, EAGER, MODEL_STEP)
 SPEED_UP_PICTURE = IMAGES / "gpu" / "speed-up-of-a-prompt.png"
 TASKS = ("noise", "essay", "mk4")
 LENGTHS = (4096, 32_768, 131_072)
@@ -278,7 +281,7 @@ def speed_table(lengths: Sequence[int] | None = None) -> str:
         return f"Speed on a CPU: not measured in this checkout yet (`benchmarks/results/{SPEED}`)."
     _, rows = quality()
     dense, sparse = rows[0]["essay"]["accuracy"], run_of(rows, **BASE)["essay"]["accuracy"]
-    accuracy = config_note(data["config"])
+    accuracy = config_note(data["config"], ("step_memory",))
     accuracy = (
         f"{accuracy} No accuracy of today's default belongs to these times."
         if accuracy
@@ -461,7 +464,11 @@ def repeats_text(data: dict[str, Any]) -> str:
 def bench_notes(data: dict[str, Any], name: str) -> str:
     """What the rows of a bench file do not say: quality, another default, and the file."""
     # Fields that a row of such a file sets, and the sketch of the full head dimension.
-    note = config_note(data["config"], ("block_size", "density", "min_blocks", "sketch_dim"))
+    apart = ["block_size", "density", "min_blocks", "sketch_dim"]
+    if name not in DECODED:
+        # A prompt has no steps that remember.
+        apart.append("step_memory")
+    note = config_note(data["config"], apart)
     timed = [(row["block_size"], row["density"]) for row in data["results"] if row["kind"] in ("layer", "model")]
     parts = ("no accuracy belongs to these rows.", quality_note(timed), note, f"Source: `benchmarks/results/{name}`.")
     return " ".join(filter(None, parts))
@@ -1216,6 +1223,46 @@ def generation() -> str:
     return wrapped(text) + "\n\n" + table(("attention", "sparse", "block density", *tasks, "all"), body, left=2)
 
 
+def answers() -> str:
+    """Region: answers given token by token, with and without a memory of steps."""
+    data = read(ANSWERS)
+    if data is None:
+        return wrapped(f"Not measured in this checkout yet (`benchmarks/results/{ANSWERS}`).")
+    rows, means = data["rows"], data["summary"]
+    tasks = tuple(rows["dense"]["hits"])
+    body = []
+    for name, row in rows.items():
+        cells = []
+        for task in tasks:
+            apart = means[name][f"{task}_hits_against_dense_steps"]
+            gap = "" if name == "dense" or name.endswith("dense steps") else f" ({100 * apart['mean']:+.1f})"
+            cells += [f"{means[name][f'{task}_hits']['mean']:.3f}{gap}", f"{means[name][f'{task}_nll']['mean']:.3f}"]
+        body.append(
+            [
+                name,
+                *(
+                    percent(row[part]) if row[part] is not None else "100 %"
+                    for part in ("prefill_density", "decode_density")
+                ),
+                *cells,
+                f"{means[name]['continuation_nll']['mean']:.3f}",
+            ]
+        )
+    samples = len(rows["dense"]["hits"][tasks[0]])
+    errors = [100 * means["dense"][f"{task}_hits"]["standard_error"] for task in tasks]
+    text = (
+        f"{data['what'][0].upper()}{data['what'][1:]}: {data['model']}, {data['device']}, torch {data['torch']}, "
+        f"transformers {data['transformers']}; {samples} prompts per task of "
+        f"{', '.join(f'{n:,}' for n in data['tokens'])} tokens (standard error of a dense accuracy "
+        f"{', '.join(f'{error:.1f}' for error in errors)} points), "
+        f"{len(rows['dense']['continuation_nll'])} continuations of {data['new_tokens']} tokens. Accuracy, in brackets "
+        "points against dense steps after the same prompts, and the NLL; last the NLL of dense's own continuation. "
+        f"{config_note(data['config'])} Source: `benchmarks/results/{ANSWERS}`."
+    )
+    head = ("prompt: steps", "read by a prompt", "by a step", *(x for task in tasks for x in (task, "NLL")), "prose")
+    return wrapped(text) + "\n\n" + table(head, body)
+
+
 def quality_setting() -> str:
     """Region: how the quality file of today's rule was made."""
     data, (dense, *_) = quality()
@@ -1565,6 +1612,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "gpu-memory": gpu_memory,
     "cpu-decode": cpu_decode,
     "generation": generation,
+    "answers": answers,
     "walk-finding": walk_finding,
     "pooling": pooling,
     "knobs": knobs,

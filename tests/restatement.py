@@ -1,7 +1,7 @@
 """The algorithm, written a second time from its description: float64, one sequence, dense matrices, loops over rows.
 
 It shares with the package the config and the drawn signs and coordinates of the Hadamard transform, and nothing else.
-Nothing is remembered between calls: each call is worked out again from all queries and keys so far.
+Each call is worked out again from all queries and keys so far. What the memory of steps holds is the caller's to say.
 """
 
 from __future__ import annotations
@@ -290,6 +290,7 @@ def run_call(
     sketches: list[Stored] | None = None,
     settle: Callable[[int, int, list[Scoring]], list[Scoring]] | None = None,
     causal: bool = True,
+    memories: list[Tensor] | None = None,
 ) -> list[Call]:
     """One forward pass of one sequence.
 
@@ -304,6 +305,8 @@ def run_call(
     settle : callable, optional
         Maps layer, first token and this module's scoring sub-queries to those to go on with: somebody else's roundings
         of the same numbers. Default: rounded here.
+    memories : list of Tensor, optional
+        Per layer, (selections, blocks or fewer): what a call of one token remembers of the blocks, faded already.
     """
     size, calls, previous = config.block_size, [], None
     first, num_blocks = start // size, -(-stop // size)
@@ -319,6 +322,9 @@ def run_call(
             of_all = None if of_all is None else settle(layer, 0, of_all)
         keys = stored.upper if stop - start == 1 else stored.full
         scores = block_scores(own, keys, config, factor, causal)
+        if memories is not None and stop - start == 1:
+            held = memories[layer][:, :num_blocks]
+            scores[:, 0, : held.shape[1]] = torch.maximum(scores[:, 0, : held.shape[1]], held)
         rows = transition_rows(scores, config)
         walk = rows.clone()
         if previous is not None and of_all is not None:
@@ -337,6 +343,27 @@ def run_call(
                 chosen[selection, row, select_row(walk[selection, row], available, first + row, config, tail)] = True
         calls.append(Call(first, scores, rows, walk, chosen))
     return calls
+
+
+def has_memory(config: SketchWalkConfig) -> bool:
+    """Whether steps remember."""
+    return config.step_memory > 0 and config.walk == "none" and config.reduce == "max"
+
+
+def shares(query: Tensor, key: Tensor, chosen: Tensor, config: SketchWalkConfig) -> Tensor:
+    """What share of a token's attention over the chosen blocks (selections, blocks) each of them gets, in the head of
+    its selection that gives most: (selections, blocks). `query` is (heads, dim), `key` (kv_heads, tokens, dim).
+    """
+    heads, dim = query.shape
+    found = torch.zeros(chosen.shape, dtype=torch.float64)
+    for head in range(heads):
+        selection = head * chosen.shape[0] // heads
+        logits = key[head * key.shape[0] // heads] @ query[head] / math.sqrt(dim)
+        read = chosen[selection][torch.arange(key.shape[1]) // config.block_size]
+        weights = logits.masked_fill(~read, -math.inf).softmax(0)
+        by_block = torch.stack([part.sum() for part in weights.split(config.block_size)])
+        found[selection] = torch.maximum(found[selection], by_block)
+    return found
 
 
 def attend(

@@ -475,8 +475,9 @@ def test_call_on_top_of_earlier_calls(case: Case) -> None:
     """A prompt in two unaligned chunks, then single tokens: rows of R and selections of every call."""
     config, stack = case.config, case.stack()
     batch, _, _, tokens, _ = case.shape
-    cuts = [0, tokens // 2 - 3, tokens - 2, tokens - 1, tokens]
+    cuts = [0, tokens // 2 - 3, tokens - 3, tokens - 2, tokens - 1, tokens]
     states = [LayerSketch(config) for _ in stack]
+    memories = [[torch.zeros(1, 0, dtype=torch.float64) for _ in stack] for _ in range(batch)]
     for start, stop in itertools.pairwise(cuts):
         walk = None
         results = []
@@ -488,11 +489,20 @@ def test_call_on_top_of_earlier_calls(case: Case) -> None:
             pairs = doubles(stack, sequence)
             sketches = stored_sketches(states, sequence, stop, case.shape[4])
             settle = Settle(stack, sequence, stop, config)
-            calls = restatement.run_call(pairs, config, start, stop, sketches=sketches, settle=settle)
+            remembers = restatement.has_memory(config)
+            memories[sequence] = [held * config.step_memory ** (stop - start) for held in memories[sequence]]
+            calls = restatement.run_call(
+                pairs, config, start, stop, sketches=sketches, settle=settle,
+                memories=memories[sequence] if remembers else None,
+            )  # fmt: skip
             deltas: list[float] = []
             for layer, call in enumerate(calls):
                 deltas.append(logit_error(*pairs[layer], config))
                 budget = walk_budget(deltas, config)
+                if remembers and stop - start == 1:
+                    # Shares come from logits in the model's dtype.
+                    largest = pairs[layer][0].norm(dim=-1).max() * pairs[layer][1].norm(dim=-1).max()
+                    budget += 2 * torch.finfo(case.dtype).eps * largest.item() / case.shape[4] ** 0.5
                 mine = results[layer].walk[sequence].double()
                 assert_within_factor(
                     mine / mine.amax(-1, keepdim=True),
@@ -501,7 +511,15 @@ def test_call_on_top_of_earlier_calls(case: Case) -> None:
                     f"R, tokens {start}-{stop}, layer {layer}, sequence {sequence}",
                 )
                 indices = results[layer].selection.per_head().indices[sequence]
-                assert_same_selection(block_mask(indices, call.walk.shape[-1]), call, config, budget)
+                chosen = block_mask(indices, call.walk.shape[-1])
+                assert_same_selection(chosen, call, config, budget)
+                if remembers and stop - start == 1:
+                    query, key = pairs[layer]
+                    found = restatement.shares(query[:, start], key[:, :stop], chosen[:, 0], config)
+                    held = memories[sequence][layer]
+                    older = torch.zeros_like(found)
+                    older[:, : held.shape[1]] = held
+                    memories[sequence][layer] = torch.maximum(found, older)
 
 
 @pytest.mark.parametrize("head_mode", ["shared", "per_kv_head", "mean"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sketch_walk import SketchWalkConfig, sketch_walk_attention
 from sketch_walk.layout import make_layout
-from sketch_walk.memory import recall, remember_rows
+from sketch_walk.memory import fade, recall
 from sketch_walk.state import LayerSketch
 
 CONFIG = SketchWalkConfig(block_size=16, top_k_blocks=4, query_sub_block=4, key_sub_block=4, dense_below=0)
@@ -51,7 +51,6 @@ def test_a_step_notes_the_true_shares_of_what_it_read() -> None:
     q, k, v = tensors(200)
     state = prompt(q, k, v, 190, CONFIG)
     assert state.memory is not None
-    state.memory.zero_()
     result = step(state, q, k, v, 191, CONFIG)
     read = result.selection.indices[0, 0].long()
     torch.testing.assert_close(state.memory[0, 0, read], true_shares(q, k, 191, read))
@@ -77,21 +76,15 @@ def test_what_was_useful_is_read_again_and_fades() -> None:
     assert found.memory[0, 0, unread[0]] < 0.9**9 + 0.2
 
 
-def test_a_prompt_leaves_its_last_rows() -> None:
-    layout = make_layout(2, 40, 40, torch.device("cpu"))
-    scores = torch.rand(2, 1, 3, 3)
-    memory = torch.full((2, 1, 4), 7.0)
-    remember_rows(memory, scores, layout, CONFIG)
-    # The last block holds 8 of the 40 tokens.
-    torch.testing.assert_close(memory[:, :, :3], torch.maximum(scores[:, :, 2], 0.9**8 * scores[:, :, 1]))
-
-
-def test_calls_within_a_block_keep_what_was_remembered() -> None:
-    layout = make_layout(1, 3, 40, torch.device("cpu"))
-    scores, memory = torch.rand(1, 1, 1, 3), torch.rand(1, 1, 4)
-    expected = torch.maximum(scores[:, :, 0], 0.9**3 * memory[:, :, :3])
-    remember_rows(memory, scores, layout, CONFIG)
-    torch.testing.assert_close(memory[:, :, :3], expected)
+def test_every_new_token_fades_the_memory_of_its_own_sequence() -> None:
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    valid[1, 39:] = False
+    layout = make_layout(2, 3, 40, torch.device("cpu"), valid=valid)
+    memory = torch.rand(2, 1, 4)
+    before = memory.clone()
+    fade(memory, layout, CONFIG)
+    torch.testing.assert_close(memory[0], before[0] * 0.9**3)
+    torch.testing.assert_close(memory[1], before[1] * 0.9**2)
 
 
 def test_a_sequence_without_a_new_token_remembers_as_before() -> None:
@@ -103,8 +96,18 @@ def test_a_sequence_without_a_new_token_remembers_as_before() -> None:
     recall(memory, torch.zeros(2, 1, 1, 3), layout, CONFIG)
     torch.testing.assert_close(memory[0], before[0] * 0.9)
     torch.testing.assert_close(memory[1], before[1])
-    remember_rows(memory, torch.ones(2, 1, 1, 3), layout, CONFIG)
-    torch.testing.assert_close(memory[1], before[1])
+
+
+def test_a_prompt_leaves_nothing_and_fades_what_was_there() -> None:
+    q, k, v = tensors(200)
+    state = prompt(q, k, v, 190, CONFIG)
+    assert state.memory is not None
+    assert not state.memory.any()
+    step(state, q, k, v, 191, CONFIG)
+    before = state.memory.clone()
+    assert before.any()
+    sketch_walk_attention(q[:, :, 191:194], k[:, :, :194], v[:, :, :194], CONFIG, state=state, impl="reference")
+    torch.testing.assert_close(state.memory[:, :, :12], before[:, :, :12] * 0.9**3)
 
 
 def test_slots_beyond_the_sequence_say_nothing() -> None:
@@ -136,6 +139,7 @@ def test_crop_reorder_repeat_and_reset() -> None:
     state = prompt(q, k, v, 190, CONFIG)
     state.tokens = 190
     assert state.memory is not None
+    state.memory.copy_(torch.rand(state.memory.shape))
     before = state.memory.clone()
     state.reorder(torch.tensor([1, 0]))
     torch.testing.assert_close(state.memory, before.flip(0))
@@ -149,7 +153,7 @@ def test_crop_reorder_repeat_and_reset() -> None:
     fixed = LayerSketch(CONFIG, capacity=200)
     sketch_walk_attention(q[:, :, :60], k[:, :, :60], v[:, :, :60], CONFIG, state=fixed, impl="reference")
     assert fixed.memory is not None
-    assert fixed.memory.any()
+    fixed.memory.fill_(0.5)
     address = fixed.memory.data_ptr()
     fixed.reset()
     assert fixed.memory.data_ptr() == address
@@ -159,12 +163,13 @@ def test_crop_reorder_repeat_and_reset() -> None:
 def test_the_memory_grows_with_the_sequence() -> None:
     q, k, v = tensors(200)
     state = prompt(q, k, v, 40, CONFIG)
+    step(state, q, k, v, 41, CONFIG)
     assert state.memory is not None
     before = state.memory[:, :, :3].clone()
-    sketch_walk_attention(q[:, :, 40:45], k[:, :, :45], v[:, :, :45], CONFIG, state=state, impl="reference")
+    sketch_walk_attention(q[:, :, 41:59], k[:, :, :59], v[:, :, :59], CONFIG, state=state, impl="reference")
     step(state, q, k, v, 60, CONFIG)
     assert state.memory.shape[2] == state.num_blocks + 1
-    assert (state.memory[:, :, :3] >= 0.9**6 * before - 1e-6).all()
+    assert (state.memory[:, :, :3] >= 0.9**19 * before - 1e-6).all()
 
 
 @pytest.mark.skipif(not TRITON, reason="needs a GPU or TRITON_INTERPRET=1")

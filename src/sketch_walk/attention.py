@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.memory import recall, remember_rows
+from sketch_walk.memory import fade, recall
 from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores, step_selection, step_with_triton
 from sketch_walk.selection import BlockSelection, row_counts, select_blocks
 from sketch_walk.state import LayerSketch, SketchState
@@ -132,7 +132,7 @@ def sketch_walk_attention(
                 if num_queries == 1:
                     scores = recall(state.memory, scores, layout, config)
                 else:
-                    remember_rows(state.memory, scores, layout, config)
+                    fade(state.memory, layout, config)
             if combine_scores is not None:
                 scores = combine_scores(scores)
             rows = transition_rows(scores, config)
@@ -171,8 +171,8 @@ def one_step(
     """
     blocks = -(-layout.max_length // config.block_size)
     counts = row_counts(config, blocks, query.device)
-    fade = config.step_memory if config.remembers else 0.0
-    scores, *table = step_selection(state, query, key, layout, scale, counts, config.budget(blocks), fade)
+    left = config.step_memory if config.remembers else 0.0
+    scores, *table = step_selection(state, query, key, layout, scale, counts, config.budget(blocks), left)
     selection = BlockSelection(*table)
     if config.head_mode != "per_kv_head":
         selection = BlockSelection(selection.indices[:, 0], selection.counts[:, 0])

@@ -85,8 +85,7 @@ class SketchWalkConfig:
     step_memory : float
         In [0, 1). A generated token gives a block at least this times the share of attention that the block got in the
         step before, this squared times that of two steps before, and so on: what was read and proved useful is read
-        again. The last rows of a prompt count as steps, by their scores. 0 forgets. Only without a walk and with
-        ``reduce="max"``.
+        again. 0 forgets. Only without a walk and with ``reduce="max"``.
     query_keep : float
         Share of a block's sub-queries, per head, that take part in "peak" scores, in (0, 1]: those that differ most
         from the block's mean.
