@@ -272,29 +272,32 @@ def _sparse_row(case: Case, config: SketchWalkConfig, chosen: BlockSelection, im
             batch=min(case.batch, 2),
             decode=case.decode,
         )
-        call, selection = _sparse_call(case, config, chosen, impl, kind, row)
+        call, selection, output = _sparse_call(case, config, chosen, impl, kind, row)
         read[0] = _density(case, config, selection, row) if selection is not None else 1.0
-        return call, max(error, _check_output(case, call(), selection, config))
+        return call, max(error, _check_output(case, output, selection, config))
 
     return _fill(case, row, prepare, lambda: read[0])
 
 
 def _sparse_call(
     case: Case, config: SketchWalkConfig, chosen: BlockSelection, impl: str, kind: str, row: Row
-) -> tuple[Callable[[], Tensor], BlockSelection | None]:
-    """What is timed, and the selection that it reads (None: dense)."""
+) -> tuple[Callable[[], Tensor], BlockSelection | None, Tensor]:
+    """What is timed, the selection that a call of it read (None: dense), and that call's output.
+
+    A step remembers: the next call may read other blocks, as many of them.
+    """
     device = case.options.device
     if kind == "attention":
         call = partial(attend_selection, case.inputs, chosen, case.layout, config, case.scale, impl)
-        row.impl = call()[1]
-        return lambda: call()[0], chosen
+        output, row.impl = call()
+        return lambda: call()[0], chosen, output
     if kind == "automatic" and case.tokens < kernels.dense_crossover(device.type, case.decode):
         row.impl = "dense"
-        return partial(_dense_path, case, config), None
+        return partial(_dense_path, case, config), None, _dense_path(case, config)
     layer = layer_call(case, config, impl)
     result = layer()
     row.impl = result.impl
-    return lambda: layer().output, result.selection.per_head()
+    return lambda: layer().output, result.selection.per_head(), result.output
 
 
 def _dense_path(case: Case, config: SketchWalkConfig) -> Tensor:

@@ -379,14 +379,18 @@ def _step(
             keys = layer.keys[:, :, :filled]
             absorb_keys(sketch, keys, make_layout(batch, filled, filled, options.device), heads)
     counters = [layer.cumulative_length for layer in cache.layers]
+    sketches = [layer.sketch for layer in cache.layers if hasattr(layer, "sketch")]
+    memories = [sketch.memory for sketch in sketches if sketch.memory is not None]
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab, (batch, 1), device=options.device, generator=generator)
     visible = {} if config is not None else {VISIBLE: filled + 1}
 
     def call() -> Tensor:
         logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **visible).logits
-        # The step counted itself into the cache, in place: take it back for the next repeat.
+        # The step counted itself into the cache, in place, and remembers: take both back for the next repeat.
         torch._foreach_sub_(counters, 1)
+        if memories:
+            torch._foreach_zero_(memories)
         return logits[:, -1]
 
     return call
