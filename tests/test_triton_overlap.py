@@ -17,7 +17,8 @@ from sketch_walk.state import LayerSketch
 
 REASON = available()["triton"]
 if importlib.util.find_spec("triton") is not None:
-    from sketch_walk.kernels import triton_tiles
+    from sketch_walk.kernels import triton_decode, triton_peaks, triton_select, triton_sketch, triton_tiles
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton cannot run: {REASON}")
 
 
@@ -45,7 +46,40 @@ def test_devices_that_take_early_launches(
     monkeypatch.setattr(triton_tiles, "interpreted", lambda: interpreted)
     monkeypatch.setattr(triton_tiles, "gdc_wait", object() if known else None)
     assert triton_tiles._overlaps.__wrapped__(0) is expected
-    assert not triton_tiles.overlaps(torch.device("cpu"))
+    assert not triton_tiles.overlaps(torch.device("cpu"), 1)
+
+
+def test_only_small_steps_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of many sequences fill the device by themselves."""
+    monkeypatch.setattr(triton_tiles, "_overlaps", lambda index: True)
+    taken = [triton_tiles.overlaps(torch.device("cuda"), batch * 8) for batch in (1, 2, 3, 8)]
+    assert taken == [True, True, False, False]
+    monkeypatch.setattr(triton_tiles, "_overlaps", lambda index: False)
+    assert not triton_tiles.overlaps(torch.device("cuda"), 1)
+
+
+@pytest.mark.parametrize(("batch", "kv_heads", "expected"), [(1, 2, True), (2, 8, True), (3, 8, False), (17, 1, False)])
+def test_every_launch_of_a_step_counts_the_same(
+    batch: int, kv_heads: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels of one chain overlap all or none: sequences and key/value heads, whatever the queries' heads."""
+    counted = []
+
+    def counting(device: torch.device, pairs: int) -> bool:
+        counted.append(pairs)
+        return False
+
+    for module in (triton_sketch, triton_peaks, triton_select, triton_decode):
+        monkeypatch.setattr(module, "overlaps", counting)
+    config = create_sketch_walk_config(block_size=16, density=0.5)
+    key, value = (torch.randn(batch, kv_heads, 65, 32, device=DEVICE) for _ in range(2))
+    query = torch.randn(batch, 2 * kv_heads, 1, 32, device=DEVICE)
+    state = LayerSketch(config)
+    absorb_keys(state, key[:, :, :64], make_layout(batch, 64, 64, key.device), query)
+    sketch_walk_attention(query, key, value, config, state=state, impl="triton")
+    assert len(counted) == 4
+    assert set(counted) == {batch * kv_heads}
+    assert (batch * kv_heads <= triton_tiles.MOST_OVERLAPPED) is expected
 
 
 def test_others_get_no_launch_argument() -> None:
@@ -61,6 +95,7 @@ def test_layers_of_a_graph_are_the_same_bits(block: int, tokens: int, monkeypatc
     torch.manual_seed(block)
     config = create_sketch_walk_config(block_size=block, density=0.1)
     key, value = (torch.randn(2, 4, tokens, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    assert triton_tiles.overlaps(key.device, 2 * 4) is triton_tiles._overlaps(key.device.index)
     queries = [torch.randn(2, 16, 1, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     layout = replace(make_layout(2, 1, tokens, key.device), bounds=None)
     states = [LayerSketch(config, capacity=tokens) for _ in queries]
@@ -86,6 +121,8 @@ def test_layers_of_a_graph_are_the_same_bits(block: int, tokens: int, monkeypatc
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             runs.append((graph, step()))
+    memories = [state.memory for state in states if state.memory is not None]
+    assert len(memories) == len(states)
     for end in range(tokens - 20, tokens + 1):
         layout.past.fill_(end - 1)
         layout.length.fill_(end)
@@ -93,8 +130,11 @@ def test_layers_of_a_graph_are_the_same_bits(block: int, tokens: int, monkeypatc
         for query in queries:
             query.normal_()
         found = []
-        # The overlapping launches first: the others leave nothing to wait for.
+        held = [torch.rand_like(memory) * 1e-2 for memory in memories]
+        # The overlapping launches first: the others leave nothing to wait for. Each remembers the same beforehand.
         for graph, result in runs:
+            for memory, before in zip(memories, held, strict=True):
+                memory.copy_(before)
             graph.replay()
-            found.append([x.clone() for x in result])
+            found.append([x.clone() for x in (*result, *memories)])
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

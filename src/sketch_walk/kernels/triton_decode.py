@@ -327,7 +327,7 @@ def decode(
         masses = torch.empty(batch, heads, splits * launch.blocks * units, dtype=torch.float32, device=query.device)
     if not whole:
         partial = torch.empty(batch * heads * splits * (head_dim + 2), dtype=torch.float32, device=query.device)
-    pdl = dependent(overlaps(query.device))
+    pdl = dependent(overlaps(query.device, batch * kv_heads))
     _decode[(splits, kv_heads, batch)](
         query, key, value, output, partial, masses, indices, counts, length, table,
         *query.stride()[:2], *strides, *output.stride()[:2],

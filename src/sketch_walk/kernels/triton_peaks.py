@@ -477,9 +477,9 @@ def step_peaks(
 
     The peaks of all but the last block are made while the new token's block is sketched, where kernels may overlap.
     """
-    heads, head_dim = query.shape[1], query.shape[3]
+    batch, heads, _, head_dim = query.shape
     # Before the first launch: if the allocator were to fill it, the fill would come between the two kernels.
-    peaks = torch.empty(query.shape[0], heads, codes.shape[2], dtype=torch.float32, device=codes.device)
+    peaks = torch.empty(batch, heads, codes.shape[2], dtype=torch.float32, device=codes.device)
     sketch_step(
         key, layout, codes, scales, matrix, block_size=block_size, key_sub_block=key_sub_block, step=step,
         salience=salience,
@@ -489,7 +489,7 @@ def step_peaks(
         query, None, layout.query_index, layout.past, matrix, codes, scales, layout.length, peaks,
         *query.stride()[:3], *codes.stride()[:3], *scales.stride()[:2], heads, codes.shape[2], scale * LOG2_E,
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), WIDTH=matrix.shape[1], **sizes,
-        **dependent(overlaps(codes.device)),
+        **dependent(overlaps(codes.device, batch * codes.shape[1])),
     )  # fmt: skip
     return peaks
 

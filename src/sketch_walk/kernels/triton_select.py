@@ -420,7 +420,7 @@ def select_from_peaks(
     columns = next_power_of_2(blocks)
     launch = launch or select_launch(columns, counts.numel(), device_of(peaks.device))
     shares = scores if parts == 1 else peaks.new_empty(batch, selections, parts, blocks)
-    pdl = dependent(after_peaks and overlaps(peaks.device))
+    pdl = dependent(after_peaks and overlaps(peaks.device, batch * kv_heads))
     common = {
         "BLOCK": block_size, "PARTS": parts, "COLUMNS": columns, "THRESHOLDS": launch.thresholds,
         "FILL": next_power_of_2(width),

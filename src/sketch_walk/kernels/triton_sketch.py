@@ -423,7 +423,7 @@ def sketch_step(
         key, layout.key_index, layout.past, layout.length, matrix, codes, scales,
         *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience,
         **sizes, **_halves(width), INDEXED=layout.key_index is not None,
-        UNROLL=min(MOST_UNROLLED, key_sub_block), PDL=overlaps(key.device),
+        UNROLL=min(MOST_UNROLLED, key_sub_block), PDL=overlaps(key.device, batch * heads),
     )  # fmt: skip
 
 
