@@ -134,8 +134,8 @@ def backward(target: Target) -> int:
 
 
 def decode(target: Target, padded: bool) -> int:
-    """Split and merge of a selection from a paged cache, if padded, else of a selection that is remembered and of all
-    tokens.
+    """Split and merge of a selection from a paged cache, if padded, else of a selection that is remembered, in programs
+    of a number of blocks that is no power of two, and of all tokens.
     """
     page = 16 if padded else 0
     launch = triton_decode.decode_launch(8, KV_HEADS, 205, BLOCK, HEAD_DIM, 2, target.device, page)
@@ -146,7 +146,8 @@ def decode(target: Target, padded: bool) -> int:
     }  # fmt: skip
     size = 0
     forgets: dict[str, object] = {"masses": None, "memory": None, "past": None}
-    for table in [forgets] if padded else [{}, {**forgets, "indices": None, "counts": None}]:
+    remembers: dict[str, object] = {"BLOCKS": 7}
+    for table in [forgets] if padded else [remembers, {**forgets, "indices": None, "counts": None}]:
         size += compile_for(triton_decode._decode, constants | table, target, launch.num_warps, launch.num_stages)
         both = {**constants, **table, "MERGED": triton_decode.MERGED}
         merge = {name: part for name, part in both.items() if name in triton_decode._merge.arg_names}

@@ -25,6 +25,7 @@ from sketch_walk.layout import Layout, make_layout
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = available()["triton"]
 if importlib.util.find_spec("triton") is not None:
+    from sketch_walk.kernels import triton_decode
     from sketch_walk.kernels.triton_attention import attend_paged
     from sketch_walk.kernels.triton_backward import rows_that_read
     from sketch_walk.kernels.triton_decode import DecodeLaunch, decode, decode_launch
@@ -225,6 +226,66 @@ def test_a_step_without_a_table_reads_what_is_filled(split: int) -> None:
     torch.testing.assert_close(output, expected, atol=ERROR[torch.float32], rtol=0)
     layout = replace(make_layout(3, 1, 300, key.device), past=length - 1, length=length, bounds=None)
     torch.testing.assert_close(attend_filled(query, key, value, layout, 0.2), output, atol=1e-6, rtol=0)
+
+
+@runs
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(
+    ("blocks", "keys", "block_size"), [(3, 64, 64), (5, 32, 64), (7, 64, 16), (3, 32, 16), (6, 64, 32)]
+)
+def test_any_number_of_blocks_may_share_a_program(blocks: int, keys: int, block_size: int, per_head: bool) -> None:
+    """Outputs and what is remembered, where neither blocks nor keys fill the last split, nor the last step of one."""
+    query, key, value, layout = inputs(2, 6, 2, 1, 1090, 48, None, torch.float32)
+    layout = replace(layout, past=layout.past - torch.tensor([0, 333], device=DEVICE))
+    layout = replace(layout, length=layout.past + 1, bounds=None)
+    config = create_sketch_walk_config(
+        block_size=block_size, density=0.7, head_mode="per_kv_head" if per_head else "shared"
+    )
+    chosen = sketch_walk_attention(query, key, value, config, layout=layout, impl="reference").selection.per_head()
+    assert (chosen.counts % blocks != 0).any()
+    held = 0.05 * torch.rand(2, 2 if per_head else 1, -(-1091 // block_size), device=DEVICE)
+    expected, found = held.clone(), held.clone()
+    output = attend_reference(
+        query, key, value, chosen.indices, chosen.counts, layout, block_size=block_size, scale=48**-0.5,
+        memory=expected,
+    )  # fmt: skip
+    actual = decode(
+        query, key, value, chosen.indices, chosen.counts, layout.length, block_size, 48**-0.5, memory=found,
+        past=layout.past, launch=DecodeLaunch(blocks, keys),
+    )  # fmt: skip
+    torch.testing.assert_close(actual, output, atol=ERROR[torch.float32], rtol=0)
+    assert (expected != held).any()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "selected", "block_size", "head_dim", "expected"),
+    [
+        (1, 205, 64, 128, (7, 64)),  # 8 x 30 programs of 264 at once
+        (8, 205, 64, 128, (52, 64)),
+        (8, 103, 128, 128, (26, 64)),
+        (1, 205, 16, 128, (8, 64)),  # steps of four whole blocks
+        (1, 205, 32, 256, (7, 32)),
+        (3, 110, 64, 128, (10, 64)),
+        (1, 20, 64, 128, (1, 64)),  # too few: as without
+        (20, 205, 64, 128, (16, 64)),  # 160 of 264 slots: too few
+        (64, 205, 64, 128, (16, 64)),  # more pairs than slots
+    ],
+)
+def test_a_step_in_one_wave(
+    batch: int,
+    selected: int,
+    block_size: int,
+    head_dim: int,
+    expected: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All programs run at once where that leaves few slots empty; steps of the loop stay full."""
+    gpu = Device(132, 232448)
+    monkeypatch.setattr(triton_decode, "ONE_WAVE", True)
+    launch = decode_launch.__wrapped__(batch, 8, selected, block_size, head_dim, 2, gpu)
+    assert (launch.blocks, launch.keys) == expected
+    assert launch.blocks * block_size % launch.keys == 0
 
 
 def test_few_sequences_are_split_further() -> None:

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 # Programs per multiprocessor below which a step does not fill a GPU.
 PROGRAMS_PER_PROCESSOR = 2
 SPLIT_BLOCKS = (16, 8, 4, 2, 1)
+# Whether a step's programs run all at once where they then take at least this share of what the device holds.
+ONE_WAVE = False
+LEAST_SHARE = 0.75
 # Bytes of one tile of keys, and of all tiles in flight: two programs of a 228 KiB multiprocessor then run at once.
 KEY_TILE_BYTES = 16384
 IN_FLIGHT_BYTES = 98304
@@ -55,9 +58,9 @@ class DecodeLaunch:
     Parameters
     ----------
     blocks : int
-        Selected blocks of one program, a power of two.
+        Selected blocks of one program.
     keys : int
-        Keys of one step of its loop, a power of two, at most blocks * block_size.
+        Keys of one step of its loop, a power of two. They divide blocks * block_size where `decode_launch` chooses.
     num_warps, num_stages : int
         Of the compiler.
     """
@@ -79,18 +82,34 @@ def decode_launch(
     device: Device,
     page_size: int = 0,
 ) -> DecodeLaunch:
-    """The launch for these shapes: the fewest programs that still fill the device."""
+    """The launch for these shapes: the fewest programs that still fill the device, or with `ONE_WAVE` the most that run
+    at once.
+    """
     wanted = PROGRAMS_PER_PROCESSOR * device.processors
-    filling = (n for n in SPLIT_BLOCKS if batch * kv_heads * -(-max_selected // n) >= wanted)
-    blocks = next(filling, 1)
     row = padded_dim(head_dim) * element_size
-    keys = max(16, min(blocks * block_size, 64, KEY_TILE_BYTES // row))
+    most_keys = min(64, KEY_TILE_BYTES // row)
+    blocks = _one_wave(batch * kv_heads, max_selected, max(1, most_keys // block_size), wanted) if ONE_WAVE else 0
+    if not blocks:
+        filling = (n for n in SPLIT_BLOCKS if batch * kv_heads * -(-max_selected // n) >= wanted)
+        blocks = next(filling, 1)
+    keys = max(16, min(blocks * block_size, most_keys))
     room = min(IN_FLIGHT_BYTES, device.shared_bytes)
     stages = max(1, min(4, room // (2 * keys * row)))
     if (page_size or keys > block_size) and device.shared_bytes >= IN_FLIGHT_BYTES:
         # Addresses that are loaded key by key take two stages of the pipeline before the keys.
         stages = min(stages + 2, 5)
     return DecodeLaunch(blocks, keys, num_stages=stages)
+
+
+def _one_wave(pairs: int, max_selected: int, step_blocks: int, slots: int) -> int:
+    """Blocks of a program, in whole steps of `step_blocks`, so that all programs of `pairs` sequences and key/value
+    heads run at once in `slots`; 0 if too many slots stay empty.
+    """
+    splits = slots // pairs
+    if not splits or not max_selected:
+        return 0
+    blocks = -(-max_selected // (splits * step_blocks)) * step_blocks
+    return blocks if pairs * -(-max_selected // blocks) >= LEAST_SHARE * slots else 0
 
 
 @triton.jit
