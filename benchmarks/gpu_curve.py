@@ -4,7 +4,7 @@
 
 The settings are those rows of benchmarks/ablations.json that change the selector's work and that the Triton kernels
 take, under the plan's names, so that quality and time can be put side by side; a setting of two groups is timed
-once. Llama-3.1-8B shape, bfloat16, random tensors; a sketch keeps the same share of a head's coordinates as in the plan.
+once. Llama-3.1-8B shape, bfloat16, random tensors; a sketch keeps the plan's share of a head's coordinates.
 
 Every setting is compiled and checked against the reference in a process of its own, all at once; then, with the GPU for
 itself, each is timed. Beside them once the sparse attention. Device milliseconds; the file is written after every row.
@@ -200,7 +200,7 @@ def time_selector(config: SketchWalkConfig, tensors: QKV, layout: Layout, repeat
 
 def attention_calls(tensors: QKV, layout: Layout) -> dict[float, Callable[[], tuple[Tensor, str]]]:
     """The sparse attention alone by density, over random selections; each called and checked once."""
-    calls = {}
+    calls: dict[float, Callable[[], tuple[Tensor, str]]] = {}
     for density in ATTENTION_DENSITIES:
         config = SketchWalkConfig(block_size=ATTENTION_BLOCK, density=density, min_blocks=4)
         chosen = random_selection(layout, config, SHAPE.kv_heads, make_generator(tensors.query.device, 1))

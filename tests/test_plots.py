@@ -11,9 +11,12 @@ from matplotlib.image import imread
 
 from sketch_walk.plots import (
     Curve,
+    Point,
+    _front,
     plot_block_selection,
     plot_needle_heat_map,
     plot_quality_against_density,
+    plot_quality_against_time,
     plot_speed_against_length,
     plot_speed_up_against_length,
     plot_stage_breakdown,
@@ -116,3 +119,22 @@ def test_stage_breakdown(tmp_path: Path) -> None:
 def test_stage_breakdown_refuses(tmp_path: Path, bars: dict[str, dict[str, float]]) -> None:
     with pytest.raises(ValueError, match="bars must hold at least one bar, all of the same stages"):
         plot_stage_breakdown(tmp_path / "stages.png", bars)
+
+
+def test_quality_against_time(tmp_path: Path) -> None:
+    """The default is a star of its own color, larger than a point, and has no second one under it."""
+    default = Point("default", 6.0, 2.8, 2.7, 2.9)
+    settings = {"query_keep": [Point("0.25", 3.0, 3.0), Point("1", 12.0, 2.75, 2.7, 2.8)]}
+    plot_quality_against_time(tmp_path / "new" / "curve.png", settings, default=default, dense=2.3)
+    plot_quality_against_time(tmp_path / "alone.png", {}, default=default)
+    assert share_of(tmp_path / "new" / "curve.png", BLUE) > 0
+    assert share_of(tmp_path / "new" / "curve.png", RED) > 0
+    # Without other settings the default takes the first color.
+    assert share_of(tmp_path / "alone.png", RED) == 0
+    with pytest.raises(ValueError, match="points that all have an x"):
+        plot_quality_against_time(tmp_path / "none.png", {"a": [Point("b", None, 1.0)]}, default=default)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = [Point("dear", 9.0, 1.0), Point("worse", 5.0, 3.0), Point("cheap", 1.0, 2.5), Point("equal", 9.5, 1.0)]
+    assert [point.label for point in _front([*points, Point("dearer", 1.0, 2.6)])] == ["cheap", "dear"]

@@ -494,6 +494,83 @@ def plot_panels(
     _write(figure, path)
 
 
+def plot_quality_against_time(
+    path: str | os.PathLike[str],
+    series: Mapping[str, Sequence[Point]],
+    *,
+    default: Point,
+    dense: float | None = None,
+    xlabel: str = "selector, milliseconds",
+    ylabel: str = "NLL, nats",
+    title: str = "Quality against the selector's time",
+) -> None:
+    """Draw a loss (y) over milliseconds (x), a labelled point a setting, and write a PNG.
+
+    A line joins the points that no other beats in both, `default` among them if it is one.
+
+    Parameters
+    ----------
+    path : str or path
+        File to write; its folder is made.
+    series : mapping of str to sequence of Point
+        By name, each with its `x`; intervals are drawn where there are.
+    default : Point
+        Drawn as a star.
+    dense : float, optional
+        Loss of dense attention, drawn as a level.
+    xlabel, ylabel, title : str
+
+    Raises
+    ------
+    ValueError
+        If a point has no `x`.
+    """
+    found = [point for points in series.values() for point in points]
+    if any(point.x is None for point in [*found, default]):
+        raise ValueError("series and default must hold points that all have an x")
+    figure, (axis,) = _figure(1, 1, width=7.6, height=5.2)
+    best = _front([*found, default])
+    axis.plot([p.x for p in best], [p.y for p in best], color=INK, linewidth=1, alpha=0.5, label="no other is better")
+    marked = {name: (points, "o", 5) for name, points in series.items()} | {"default": ([default], "*", 13)}
+    for i, (name, (points, marker, size)) in enumerate(marked.items()):
+        axis.errorbar(
+            [p.x for p in points],
+            [p.y for p in points],
+            yerr=_margins(points),
+            fmt=marker,
+            markersize=size,
+            elinewidth=1,
+            capsize=2,
+            color=SERIES[i % len(SERIES)],
+            label=name,
+        )
+        for point in points:
+            axis.annotate(
+                point.label, (point.x, point.y), xytext=(6, 4), textcoords="offset points", fontsize=7, color=INK
+            )
+    if dense is not None:
+        axis.axhline(dense, color=INK, linewidth=1.2, linestyle="--", label="dense")
+    axis.set_xlim(left=0)
+    axis.margins(x=0.12)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.set_title(title)
+    axis.grid(color="#e6e8eb")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    _write(figure, path)
+
+
+def _front(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in both, by ascending `x`: a lower `y` than all before them."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.x or 0.0, p.y)):
+        if not best or point.y < best[-1].y:
+            best.append(point)
+    return best
+
+
 def _draw_line(axis: Any, points: Sequence[Point], style: Mapping[str, Any]) -> None:
     x = [point.x or 0.0 for point in points]
     axis.errorbar(x, [p.y for p in points], yerr=_margins(points), marker="o", linewidth=1.8, capsize=2, **style)
