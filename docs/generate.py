@@ -3,8 +3,8 @@
     python docs/generate.py            rewrite
     python docs/generate.py --check    say which pages are stale, exit 1 if any
 
-A region lies between ``<!-- generated: NAME -->`` and ``<!-- end -->``; NAME is a function in `REGIONS`. The picture of
-speed-ups on a GPU is drawn anew when its curves are no longer those of the results.
+A region lies between ``<!-- generated: NAME -->`` and ``<!-- end -->``; NAME is a function in `REGIONS`. The pictures
+of times on a GPU are drawn anew when their curves are no longer those of the results.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from typer.models import ArgumentInfo
 
 from sketch_walk import kernels
 from sketch_walk.bench.memory import founding_bytes
-from sketch_walk.cli.ablate_report import body, header
+from sketch_walk.cli.ablate_report import TASK_NAMES, body, header
 from sketch_walk.cli.app import app
 from sketch_walk.cli.format import bytes_text
 from sketch_walk.complexity import (
@@ -41,7 +42,7 @@ from sketch_walk.config import PRESETS, SketchWalkConfig, causal_density
 from sketch_walk.evaluation.ablation import read_plan
 from sketch_walk.kernels import flash_cute
 from sketch_walk.kernels.dense import FASTEST_FROM
-from sketch_walk.plots import Curve, plot_speed_up_against_length
+from sketch_walk.plots import Curve, Point, plot_quality_against_time, plot_speed_up_against_length
 from sketch_walk.sketch import feature_width, payload_size
 
 PROJECT = Path(__file__).parents[1]
@@ -65,6 +66,23 @@ TTFT, MODEL_STEP, MILLION = "gpu_ttft.json", "gpu_step.json", "gpu_million.json"
 # Files that time decode steps.
 DECODED = (STEP, EAGER, MODEL_STEP)
 SPEED_UP_PICTURE = IMAGES / "gpu" / "speed-up-of-a-prompt.png"
+# Of benchmarks/gpu_curve.py, and the prompts whose quality stands beside its times.
+CURVE, CURVE_PROMPT = "gpu_curve.json", "4000"
+CURVE_PICTURE = IMAGES / "gpu" / "quality-against-selector-time.png"
+CURVE_STAGES = {
+    "sketch_keys": "sketch of keys",
+    "sketch_queries": "of queries",
+    "scores": "scores",
+    "selection": "selection",
+}
+# How the groups of the plan are called there.
+CURVE_GROUPS = {
+    "query-keep": "query_keep",
+    "block-size": "block size",
+    "sub-blocks": "sub-blocks",
+    "sketch-size": "coordinates",
+    "salience": "pooling",
+}
 TASKS = ("noise", "essay", "mk4")
 LENGTHS = (4096, 32_768, 131_072)
 README_LENGTHS = (1024, 2048, 4096, 8000)
@@ -673,19 +691,32 @@ def speed_up_curves() -> dict[str, Curve]:
 
 def speed_up_is_drawn() -> bool:
     """Whether the picture of `gpu_cross` is there and shows the curves of today's results."""
+    return _holds(SPEED_UP_PICTURE, speed_up_curves())
+
+
+def _holds(path: Path, curves: Any) -> bool:
+    """Whether a picture is there and has these curves inside."""
     from PIL import Image
 
-    if not SPEED_UP_PICTURE.is_file():
+    if not path.is_file():
         return False
-    with Image.open(SPEED_UP_PICTURE) as picture:
-        return bool(picture.info.get("curves") == json.dumps(speed_up_curves()))
+    with Image.open(path) as picture:
+        return bool(picture.info.get("curves") == json.dumps(curves))
+
+
+def _put_inside(path: Path, curves: Any) -> None:
+    """Write the curves of a picture into it, as text."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    inside = PngInfo()
+    inside.add_text("curves", json.dumps(curves))
+    with Image.open(path) as picture:
+        picture.save(path, pnginfo=inside, dpi=picture.info["dpi"])
 
 
 def draw_speed_up() -> None:
     """Draw the picture of `gpu_cross`, with its curves as text inside the file."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
     curves = speed_up_curves()
     plot_speed_up_against_length(
         SPEED_UP_PICTURE,
@@ -693,10 +724,7 @@ def draw_speed_up() -> None:
         over="the fastest dense kernel",
         title=f"{SPEED_UP_TITLE}, {required(PREFILL)['device']}",
     )
-    inside = PngInfo()
-    inside.add_text("curves", json.dumps(curves))
-    with Image.open(SPEED_UP_PICTURE) as picture:
-        picture.save(SPEED_UP_PICTURE, pnginfo=inside, dpi=picture.info["dpi"])
+    _put_inside(SPEED_UP_PICTURE, curves)
 
 
 def gpu_eager() -> str:
@@ -1578,6 +1606,160 @@ def _ablation_samples(measure: str, tokens: int, samples: dict[str, Any]) -> str
     return f"{tokens:,} tokens, {samples['samples']} prompts per task (seeds {first} to {last}), {rest}:"
 
 
+class Priced(NamedTuple):
+    """A setting that was timed, and its row of the ablations."""
+
+    name: str
+    timed: Row
+    measured: Row
+
+    @property
+    def is_default(self) -> bool:
+        return not self.timed["changes"]
+
+    @property
+    def ms(self) -> float:
+        return float(self.timed["selector_ms"]["median_ms"])
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return dict(self.measured["modes"]["prefill"]["figures"])
+
+
+def priced_settings(data: dict[str, Any], quality_of: dict[str, Any]) -> list[Priced]:
+    """Every timed setting with its quality, by group and label, the cheapest first."""
+    found = []
+    for row in data["results"]:
+        if "selector_ms" not in row:
+            continue
+        rows = quality_of["groups"][row["group"]]["tokens"][CURVE_PROMPT]["rows"]
+        (measured,) = (other for other in rows if other["label"] == row["label"])
+        timed, asked = {**data["config"], **row["changes"]}, quality_of["measurements"][measured["key"]]["config"]
+        # Another model's sketch keeps the same share of a head's coordinates; fields that came later changed nothing.
+        shares = timed["sketch_dim"] * SMOLLM2.head_dim, asked["sketch_dim"] * data["shape"]["head_dim"]
+        others = [name for name in asked if name != "sketch_dim" and asked[name] != timed[name]]
+        same = shares[0] == shares[1] and not others
+        assert same, f"{row['group']}, {row['label']}: timed and measured with different settings"
+        name = f"{CURVE_GROUPS[row['group']]}: {row['label']}" if row["changes"] else "default"
+        found.append(Priced(name, row, measured))
+    return sorted(found, key=lambda setting: setting.ms)
+
+
+def selector_curve() -> str:
+    """Region: what a setting's selector costs on a GPU, beside the quality that the ablations measured; a picture."""
+    data = read(CURVE)
+    if data is None:
+        return f"Not measured in this checkout yet (`benchmarks/results/{CURVE}`)."
+    quality_of = required(ABLATIONS)
+    tasks = quality_of["groups"]["query-keep"]["tokens"][CURVE_PROMPT]["samples"]["tasks"]
+    shape, attention = data["shape"], data["attention"]
+
+    def scores(figures: dict[str, Any]) -> list[str]:
+        answers = (f"{figures[f'accuracy:{t}']['mean']:.2f} / {figures[f'nll:{t}']['mean']:.2f}" for t in tasks)
+        return [*answers, f"{figures['prose_nll']['mean']:.4f}"]
+
+    dense = _curve_dense(quality_of)
+    body = [["dense", *[""] * (len(CURVE_STAGES) + 1 + len(attention)), *scores(dense)]]
+    settings = priced_settings(data, quality_of)
+    for setting in settings:
+        times = (setting.timed["stages_ms"][stage]["median_ms"] for stage in CURVE_STAGES)
+        shares = (percent(setting.ms / row["median_ms"]) for row in attention)
+        name = f"**{setting.name}**" if setting.is_default else setting.name
+        body.append([name, *(f"{ms:.2f}" for ms in (*times, setting.ms)), *shares, *scores(setting.figures)])
+    beside = ", ".join(
+        f"{row['median_ms']:.1f} ms at density {row['density']:g} (blocks of {row['block_size']}, `{row['impl']}`)"
+        for row in attention
+    )
+    text = (
+        f"Milliseconds of device time of the selector over one layer's prompt of {data['tokens']:,} tokens, "
+        f"{shape['heads']}/{shape['kv_heads']} heads x {shape['head_dim']}, {data['dtype']}, density "
+        f"{data['density']:g}, medians of {data['repeats']}, each setting checked in the same run; {data['device']}, "
+        f"{bench_torch(data)}. Its share is of the sparse attention alone: {beside}. Quality is that of the tables "
+        f"above and below, {int(CURVE_PROMPT):,} tokens; a sketch of 32 of 64 coordinates was timed as 64 of 128. "
+        f"{config_note(data['config'], ('sketch_dim', 'step_memory'))} Sources: `benchmarks/results/{CURVE}`, "
+        f"`benchmarks/results/{ABLATIONS}`."
+    )
+    head = (
+        "setting", *CURVE_STAGES.values(), "selector in one call",
+        *(f"of the attention at {row['density']:g}" for row in attention),
+        *(f"{TASK_NAMES[task]}: accuracy / NLL" for task in tasks), "prose NLL",
+    )  # fmt: skip
+    picture = f"![{CURVE_TITLE}]({CURVE_PICTURE.relative_to(PROJECT / 'docs').as_posix()})"
+    parts = [wrapped(" ".join(text.split())), table(head, body), *_worth_of_a_millisecond(settings)]
+    return "\n\n".join([*parts, picture] if settings else parts)
+
+
+CURVE_TITLE = "Prose NLL against the selector's time"
+
+
+def bench_torch(data: dict[str, Any]) -> str:
+    """Versions of what computed."""
+    return ", ".join(f"{package} {data['versions'][package]}" for package in ("torch", "triton"))
+
+
+def _curve_dense(quality_of: dict[str, Any]) -> dict[str, Any]:
+    rows = quality_of["groups"]["query-keep"]["tokens"][CURVE_PROMPT]["rows"]
+    return dict(next(row for row in rows if row["label"] == "dense")["modes"]["dense"]["figures"])
+
+
+def _worth_of_a_millisecond(settings: Sequence[Priced]) -> Iterable[str]:
+    """A sentence: what a further millisecond of the selector wins along `query_keep`, from step to step."""
+    line = [setting for setting in settings if setting.timed["group"] == "query-keep"]
+    steps = []
+    for cheap, dear in pairwise(line):
+        won = cheap.figures["prose_nll"]["mean"] - dear.figures["prose_nll"]["mean"]
+        if dear.ms > cheap.ms:
+            labels = f"{cheap.timed['label']} to {dear.timed['label']}"
+            steps.append(f"{won / (dear.ms - cheap.ms):.3f} from {labels}")
+    if steps:
+        default = next((setting.timed["label"] for setting in line if setting.is_default), None)
+        known = "" if default is None else f" (the default is {default})"
+        yield wrapped(
+            f"Nats of prose NLL that a further millisecond wins along `query_keep`{known}: {', '.join(steps)}."
+        )
+
+
+def curve_points() -> tuple[dict[str, list[Point]], Point | None]:
+    """Prose NLL over milliseconds by group, and the default's."""
+    data = read(CURVE)
+    series: dict[str, list[Point]] = {}
+    default = None
+    for setting in [] if data is None else priced_settings(data, required(ABLATIONS)):
+        figure = setting.figures["prose_nll"]
+        center = figure["mean"] - figure["difference"]["mean"]
+        ends = (center + figure["difference"][end] for end in ("low", "high"))
+        label = "default" if setting.is_default else setting.timed["label"]
+        point = Point(label, setting.ms, figure["mean"], *ends)
+        if setting.is_default:
+            default = point
+        else:
+            series.setdefault(CURVE_GROUPS[setting.timed["group"]], []).append(point)
+    return series, default
+
+
+def curve_is_drawn() -> bool:
+    """Whether the picture of `selector_curve` is there and current, or there is nothing to draw."""
+    series, default = curve_points()
+    return default is None or _holds(CURVE_PICTURE, [series, default])
+
+
+def draw_curve() -> None:
+    """Draw the picture of `selector_curve`, with its points as text inside the file."""
+    series, default = curve_points()
+    assert default is not None
+    data, dense = required(CURVE), _curve_dense(required(ABLATIONS))["prose_nll"]["mean"]
+    plot_quality_against_time(
+        CURVE_PICTURE,
+        series,
+        default=default,
+        dense=dense,
+        xlabel=f"selector of one layer, milliseconds at {thousands(data['tokens'])} tokens, {data['device']}",
+        ylabel=f"prose NLL at {int(CURVE_PROMPT):,} tokens, nats",
+        title=CURVE_TITLE,
+    )
+    _put_inside(CURVE_PICTURE, [series, default])
+
+
 def ablation_regions() -> dict[str, Callable[[], str]]:
     """A region for each group of the committed plans."""
     plans = [read_plan(PROJECT / "benchmarks" / name) for name in ("ablations.json", *OTHER_PLANS)]
@@ -1587,6 +1769,7 @@ def ablation_regions() -> dict[str, Callable[[], str]]:
 REGIONS: dict[str, Callable[[], str]] = {
     **ablation_regions(),
     "ablation-setting": ablation_setting,
+    "selector-curve": selector_curve,
     "readme-results": readme_results,
     "speed": speed,
     "quality": quality_today,
@@ -1659,11 +1842,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not check:
             page.write_text(new, encoding="utf-8")
         print(f"{page.relative_to(PROJECT)}: {'stale; run make docs' if check else 'rewritten'}")
-    if not speed_up_is_drawn():
+    for picture, is_drawn, draw in (
+        (SPEED_UP_PICTURE, speed_up_is_drawn, draw_speed_up),
+        (CURVE_PICTURE, curve_is_drawn, draw_curve),
+    ):
+        if is_drawn():
+            continue
         stale += 1
         if not check:
-            draw_speed_up()
-        print(f"{SPEED_UP_PICTURE.relative_to(IMAGES)}: {'stale; run make docs' if check else 'drawn'}")
+            draw()
+        print(f"{picture.relative_to(IMAGES)}: {'stale; run make docs' if check else 'drawn'}")
     return 1 if check and stale else 0
 
 

@@ -375,6 +375,114 @@ def test_the_picture_is_of_the_results(
     ]  # fmt: skip
 
 
+@pytest.fixture
+def curve(generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Times of three settings of the ablations, made up, in a folder of their own beside the real quality."""
+    quality = (generate.RESULTS / generate.ABLATIONS).read_text(encoding="utf-8")
+    (tmp_path / generate.ABLATIONS).write_text(quality, encoding="utf-8")
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    monkeypatch.setattr(generate, "CURVE_PICTURE", tmp_path / "curve.png")
+
+    def row(group: str, label: str, ms: float, **changes: Any) -> dict[str, Any]:
+        stages = {stage: {"median_ms": ms / 4} for stage in generate.CURVE_STAGES}
+        return {"group": group, "label": label, "changes": changes, "stages_ms": stages,
+                "selector_ms": {"median_ms": ms}}  # fmt: skip
+
+    return {
+        "device": "a GPU", "versions": {"torch": "2", "triton": "3"}, "tokens": 131_072, "dtype": "bfloat16",
+        "shape": {"heads": 32, "kv_heads": 8, "head_dim": 128}, "density": 0.2, "repeats": 5,
+        "config": SketchWalkConfig(density=0.2, min_blocks=4, sketch_dim=128, dense_below=0).to_dict(),
+        "attention": [{"density": d, "block_size": 64, "impl": "cute", "median_ms": ms}
+                      for d, ms in ((0.2, 50.0), (0.05, 10.0))],
+        "results": [
+            row("query-keep", "0.5", 5.0), row("query-keep", "1", 9.0, query_keep=1.0),
+            row("sketch-size", "32 of 64", 4.0, sketch_dim=64),
+            {"group": "query-keep", "label": "0.25", "changes": {"query_keep": 0.25}, "error": "it was not right"},
+        ],
+    }  # fmt: skip
+
+
+def write_curve(generate: ModuleType, curve: dict[str, Any]) -> None:
+    (generate.RESULTS / generate.CURVE).write_text(json.dumps(curve), encoding="utf-8")
+
+
+def test_the_selectors_time_stands_beside_the_quality_of_its_setting(
+    generate: ModuleType, curve: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert generate.selector_curve() == "Not measured in this checkout yet (`benchmarks/results/gpu_curve.json`)."
+    write_curve(generate, curve)
+    # Nothing is drawn; the link is made relative to the site.
+    monkeypatch.setattr(generate, "CURVE_PICTURE", generate.IMAGES / "curve.png")
+    text = generate.selector_curve()
+    rows = cells_after(text)
+    assert [cells[0] for cells in rows] == ["dense", "coordinates: 32 of 64", "default", "query_keep: 1"]
+    assert "| **default** |" in text
+    groups = generate.required(generate.ABLATIONS)["groups"]
+    for cells, group, label, ms in zip(
+        rows[1:], ("sketch-size", "query-keep", "query-keep"), ("32 of 64", "0.5", "1"), (4.0, 5.0, 9.0), strict=True
+    ):
+        (row,) = (row for row in groups[group]["tokens"]["4000"]["rows"] if row["label"] == label)
+        nll = row["modes"]["prefill"]["figures"]["prose_nll"]["mean"]
+        assert cells[5:8] == [f"{ms:.2f}", f"{2 * ms:.1f}", f"{10 * ms:.1f}"]
+        assert float(cells[-1]) == pytest.approx(nll, abs=6e-5)
+    won = float(rows[2][-1]) - float(rows[3][-1])
+    assert f"(the default is 0.5): {won / 4:.3f} from 0.5 to 1." in " ".join(text.split())
+    assert text.endswith("](images/curve.png)")
+
+
+def test_a_time_of_another_setting_than_the_measured_one_is_refused(
+    generate: ModuleType, curve: dict[str, Any]
+) -> None:
+    for changes in ({"query_keep": 0.75}, {"query_keep": 1.0, "sketch_dim": 64}):
+        curve["results"][1]["changes"] = changes
+        write_curve(generate, curve)
+        with pytest.raises(AssertionError, match="query-keep, 1: timed and measured with different settings"):
+            generate.selector_curve()
+
+
+def test_the_picture_of_the_selectors_time_is_of_the_results(generate: ModuleType, curve: dict[str, Any]) -> None:
+    assert generate.curve_is_drawn(), "nothing to draw"
+    write_curve(generate, curve)
+    assert not generate.curve_is_drawn()
+    generate.draw_curve()
+    assert generate.curve_is_drawn()
+    series, default = generate.curve_points()
+    assert {name: [point.label for point in points] for name, points in series.items()} == {
+        "coordinates": ["32 of 64"],
+        "query_keep": ["1"],
+    }
+    assert default.x == 5.0
+    assert default.low < default.y < default.high
+    curve["results"][0]["selector_ms"]["median_ms"] = 5.5
+    write_curve(generate, curve)
+    assert not generate.curve_is_drawn()
+
+
+def test_the_picture_of_the_selectors_time_in_the_checkout_is_current(generate: ModuleType) -> None:
+    assert generate.curve_is_drawn(), "stale: run `make docs`"
+
+
+def test_the_timed_settings_are_rows_of_the_plan(generate: ModuleType) -> None:
+    """What benchmarks/gpu_curve.py times joins what the ablations measured: every setting has its quality."""
+    pytest.importorskip("triton")
+    spec = importlib.util.spec_from_file_location("gpu_curve", PROJECT / "benchmarks" / "gpu_curve.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings = module.settings()
+    default = settings[0].config
+    assert {name for name, value in SketchWalkConfig(**generate.BASE).to_dict().items()
+            if value != default.to_dict()[name]} == {"sketch_dim", "dense_below"}  # fmt: skip
+    assert [setting.config.query_keep for setting in settings[:4]] == [0.5, 0.25, 0.125, 1.0]
+    stage = {"median_ms": 1.0}
+    rows = [{**module.named(setting, default), "stages_ms": {}, "selector_ms": stage} for setting in settings]
+    data = {"config": default.to_dict(), "shape": module.SHAPE._asdict(), "results": rows}
+    priced = generate.priced_settings(data, generate.required(generate.ABLATIONS))
+    assert len({setting.name for setting in priced}) == len(settings)
+    assert sum(setting.is_default for setting in priced) == 1
+
+
 def test_results_name_the_command_that_makes_them_and_no_other_place() -> None:
     files = sorted((PROJECT / "benchmarks" / "results").glob("gpu_*.json"))
     assert files
