@@ -97,13 +97,15 @@ def check_order(name: str, code: str) -> None:
 
     `_sketch_step`, the first of a chain, is launched the ordinary way and never waits. `_decode_peaks` may write early:
     all before `_sketch_step` has ended, which has no part in what it writes. Only the programs of the last block wait,
-    and they do before they let the next kernel start.
+    before they read codes and before they let the next kernel start.
     """
-    waits = 0 if name == "_sketch_step" else code.index("griddepcontrol.wait")
-    for later in ("griddepcontrol.launch_dependents", *(() if name == "_decode_peaks" else ("st.global",))):
-        at = code.find(later)
-        assert at < 0 or at > waits, f"{name}: {later} before griddepcontrol.wait"
-    assert name == "_merge" or "griddepcontrol.launch_dependents" in code, name
+    wait, release = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+    assert name == "_merge" or release in code, name
+    if name == "_sketch_step":
+        return
+    assert all(wait in part for part in code.split(release)[:-1]), f"{name}: {release} before {wait}"
+    late = "ld.global.cg" if name == "_decode_peaks" else "st.global"
+    assert code.index(late) > code.index(wait), f"{name}: {late} before {wait}"
 
 
 def prefill(target: Target, padded: bool) -> int:

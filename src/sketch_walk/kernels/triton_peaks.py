@@ -300,9 +300,9 @@ def _decode_peaks(
 
     PDL: the kernel in front is `_sketch_step`, which writes the block of the last token and nothing else. Programs
     whose tile lies before that block do not wait for it, not even to write: `_sketch_step` started when all before it
-    had ended, and has no part in `peaks`. The others wait, at least one per head and sequence, and nothing that
-    follows may start before they have: whoever waits for this kernel has waited for both. Codes are read past the
-    first cache, which may not see what `_sketch_step` writes beside them.
+    had ended, and has no part in `peaks`. The others wait with their queries made, at least one per head and sequence,
+    and nothing that follows may start before they have: whoever waits for this kernel has waited for both. Codes are
+    read past the first cache, which may not see what `_sketch_step` writes beside them.
     """
     tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(length + sequence).to(tl.int32)
@@ -314,22 +314,12 @@ def _decode_peaks(
     block = tile * TILE_BLOCKS + block_column
     to = peaks + slot[:, None] * num_blocks + block[None, :]
     inside = real[:, None] & (block < num_blocks)[None, :]
-    if (tile + 1) * TILE_BLOCKS * PER_BLOCK * KEY_SUB >= end:
-        await_previous(PDL)
-    release_next(PDL)
     if tile * TILE_BLOCKS * PER_BLOCK * KEY_SUB >= end:
+        await_previous(PDL)
+        release_next(PDL)
         tl.store(to, tl.full([LANES, TILE_BLOCKS], float("-inf"), tl.float32), mask=inside)
         return
     half = tl.arange(0, PADDED_HALF)
-    CACHE: tl.constexpr = ".cg" if PDL else ""
-    row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
-    of_block = tile * TILE_BLOCKS + row // PER_BLOCK
-    sub = row % PER_BLOCK
-    base = codes + sequence.to(tl.int64) * c_batch + kv_head.to(tl.int64) * c_head
-    at = base + of_block.to(tl.int64)[:, None] * c_block + sub[:, None] * HALF + half[None, :]
-    packed = tl.load(at, mask=(of_block < num_blocks)[:, None] & (half < HALF)[None, :], other=0, cache_modifier=CACHE)
-    steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head + block
-    steps = tl.load(steps, mask=block < num_blocks, other=0.0, cache_modifier=CACHE)
     if matrix is None:
         start = query + slot[:, None] * q_head + half[None, :]
         mask = real[:, None] & (half < HALF)[None, :]
@@ -340,6 +330,18 @@ def _decode_peaks(
             query, query_index, past, end, matrix, sequence, head, real, q_batch, q_head, q_token, half,
             HEAD_DIM, PADDED_DIM, WIDTH, HALF,
         )  # fmt: skip
+    if (tile + 1) * TILE_BLOCKS * PER_BLOCK * KEY_SUB >= end:
+        await_previous(PDL)
+    release_next(PDL)
+    CACHE: tl.constexpr = ".cg" if PDL else ""
+    row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
+    of_block = tile * TILE_BLOCKS + row // PER_BLOCK
+    sub = row % PER_BLOCK
+    base = codes + sequence.to(tl.int64) * c_batch + kv_head.to(tl.int64) * c_head
+    at = base + of_block.to(tl.int64)[:, None] * c_block + sub[:, None] * HALF + half[None, :]
+    packed = tl.load(at, mask=(of_block < num_blocks)[:, None] & (half < HALF)[None, :], other=0, cache_modifier=CACHE)
+    steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head + block
+    steps = tl.load(steps, mask=block < num_blocks, other=0.0, cache_modifier=CACHE)
     first, second = _nibbles(packed, ASM)
     if WIDEN:
         products = tl.dot(first_queries.to(tl.float32), tl.trans(first.to(tl.float32)), input_precision="ieee")
