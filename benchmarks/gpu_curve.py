@@ -22,7 +22,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
@@ -45,7 +45,7 @@ from sketch_walk.kernels import triton_peaks, triton_sketch
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.scoring import absorb_keys, call_scores
 from sketch_walk.selection import BlockSelection, block_density
-from sketch_walk.sketch import rotation, score_scale
+from sketch_walk.sketch import KeySketch, feature_width, rotation, score_scale
 from sketch_walk.state import LayerSketch
 
 PLAN = Path(__file__).parent / "ablations.json"
@@ -65,7 +65,8 @@ GROUPS: dict[str, tuple[str, ...] | None] = {
 ATTENTION_BLOCK, ATTENTION_DENSITIES = 64, (0.2, 0.05)
 # Query blocks at the prompt's end whose scores are compared with the reference.
 CHECKED_ROWS = 4
-MOST_CODES_MOVED = 0.1
+# Relative error of the keys that the codes stand for: the kernels rotate in bfloat16, which moves few codes, by one.
+KEY_TOLERANCE = 2e-2
 COMPILING = 0.6
 Row = dict[str, Any]
 
@@ -146,6 +147,17 @@ class Selector:
         return self.select(self.scores())
 
 
+def keys_of(state: LayerSketch, tokens: int) -> Iterator[Tensor]:
+    """The sketched keys that a state's codes stand for, head by head."""
+    config = state.config
+    codes, scales = state.read_keys(tokens // config.block_size)
+    assert scales is not None
+    width = feature_width(SHAPE.head_dim, config)
+    for head in range(codes.shape[1]):
+        sketch = KeySketch(codes[:, head : head + 1], scales[:, head : head + 1])
+        yield sketch.dequantise(config.block_size // config.key_sub_block, width)
+
+
 @torch.no_grad()
 def check(config: SketchWalkConfig, tokens: int, device: str) -> Row:
     """Compile the selector, and compare what is timed with the reference.
@@ -153,7 +165,7 @@ def check(config: SketchWalkConfig, tokens: int, device: str) -> Row:
     Raises
     ------
     MismatchError
-        If codes, scores or selection are not the reference's.
+        If key sketches, scores or selection are not the reference's.
     """
     (query, key, _), layout = inputs(tokens, device)
     selector = Selector(config, query, key, layout)
@@ -161,9 +173,8 @@ def check(config: SketchWalkConfig, tokens: int, device: str) -> Row:
     scores = selector.scores()
     state = LayerSketch(config)
     absorb_keys(state, key, layout, query, "reference")
-    assert state.codes is not None
-    assert selector.state.codes is not None
-    moved = (state.codes != selector.state.codes).float().mean().item()
+    pairs = zip(keys_of(selector.state, tokens), keys_of(state, tokens), strict=True)
+    apart = max(relative_error(*pair) for pair in pairs)
     rows = min(CHECKED_ROWS, scores.shape[2])
     last = query[:, :, -rows * config.block_size :]
     exact = call_scores(
@@ -172,7 +183,7 @@ def check(config: SketchWalkConfig, tokens: int, device: str) -> Row:
     wanted = selector.select(scores, "reference")
     wrong = (chosen.counts != wanted.counts).sum() + (chosen.indices != wanted.indices).sum()
     return {
-        "codes_moved": round(expect(moved, MOST_CODES_MOVED, "codes of keys"), 4),
+        "key_error": round(expect(apart, KEY_TOLERANCE, "sketched keys"), 5),
         "score_error": round(expect(relative_error(scores[:, :, -rows:], exact), SCORE_TOLERANCE, "block scores"), 5),
         "selections_wrong": int(expect(wrong.item(), 0, "selection")),
         "block_density": round(block_density(chosen, row_index(layout, config)), 4),
@@ -311,7 +322,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", type=int, default=131072, help="of the prompt, a multiple of 128")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--device", default="cuda", help="cpu: a trial in Triton's interpreter, no times to report")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out has")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no row after so many")

@@ -1689,6 +1689,8 @@ def selector_curve() -> str:
     return "\n\n".join([*parts, picture] if settings else parts)
 
 
+# Its settings change the attention's own time too.
+CURVE_APART = CURVE_GROUPS["block-size"]
 CURVE_TITLE = "Prose NLL against the selector's time"
 
 
@@ -1752,6 +1754,7 @@ def draw_curve() -> None:
         CURVE_PICTURE,
         series,
         default=default,
+        apart=(CURVE_APART,),
         dense=dense,
         xlabel=f"selector of one layer, milliseconds at {thousands(data['tokens'])} tokens, {data['device']}",
         ylabel=f"prose NLL at {int(CURVE_PROMPT):,} tokens, nats",

@@ -129,6 +129,10 @@ def test_quality_against_time(tmp_path: Path) -> None:
     plot_quality_against_time(tmp_path / "alone.png", {}, default=default)
     assert share_of(tmp_path / "new" / "curve.png", BLUE) > 0
     assert share_of(tmp_path / "new" / "curve.png", RED) > 0
+    # A line to a cheaper and a dearer point is there, and not where both are apart.
+    plot_quality_against_time(tmp_path / "apart.png", settings, default=default, dense=2.3, apart=["query_keep"])
+    gray = (0.58, 0.59, 0.60)
+    assert share_of(tmp_path / "new" / "curve.png", gray) > 1.5 * share_of(tmp_path / "apart.png", gray)
     # Without other settings the default takes the first color.
     assert share_of(tmp_path / "alone.png", RED) == 0
     with pytest.raises(ValueError, match="points that all have an x"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -499,6 +499,7 @@ def plot_quality_against_time(
     series: Mapping[str, Sequence[Point]],
     *,
     default: Point,
+    apart: Collection[str] = (),
     dense: float | None = None,
     xlabel: str = "selector, milliseconds",
     ylabel: str = "NLL, nats",
@@ -506,7 +507,7 @@ def plot_quality_against_time(
 ) -> None:
     """Draw a loss (y) over milliseconds (x), a labelled point a setting, and write a PNG.
 
-    A line joins the points that no other beats in both, `default` among them if it is one.
+    A line joins the points that no other beats in both, `default` among them if it is one, but no series of `apart`.
 
     Parameters
     ----------
@@ -516,6 +517,8 @@ def plot_quality_against_time(
         By name, each with its `x`; intervals are drawn where there are.
     default : Point
         Drawn as a star.
+    apart : collection of str
+        Series that also cost more or less elsewhere: their points are neither on the line nor beat one that is.
     dense : float, optional
         Loss of dense attention, drawn as a level.
     xlabel, ylabel, title : str
@@ -529,8 +532,8 @@ def plot_quality_against_time(
     if any(point.x is None for point in [*found, default]):
         raise ValueError("series and default must hold points that all have an x")
     figure, (axis,) = _figure(1, 1, width=7.6, height=5.2)
-    best = _front([*found, default])
-    axis.plot([p.x for p in best], [p.y for p in best], color=INK, linewidth=1, alpha=0.5, label="no other is better")
+    best = _front([default, *(point for name, points in series.items() if name not in apart for point in points)])
+    axis.plot([p.x for p in best], [p.y for p in best], color=INK, linewidth=1, alpha=0.5, label="beaten by none")
     marked = {name: (points, "o", 5) for name, points in series.items()} | {"default": ([default], "*", 13)}
     for i, (name, (points, marker, size)) in enumerate(marked.items()):
         axis.errorbar(
@@ -550,8 +553,8 @@ def plot_quality_against_time(
             )
     if dense is not None:
         axis.axhline(dense, color=INK, linewidth=1.2, linestyle="--", label="dense")
-    axis.set_xlim(left=0)
-    axis.margins(x=0.12)
+    # Room for the labels, which stand to the right of their points.
+    axis.set_xlim(0, 1.25 * max(point.x or 0.0 for point in [*found, default]))
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.set_title(title)
