@@ -53,7 +53,7 @@ unit: $(TEST_READY)
 # Needs a GPU and a torch that sees it: name the environment with VENV.
 test-gpu:
 	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'no GPU is visible'"
-	$(BIN)/python -m pytest tests/test_triton.py tests/test_triton_select.py tests/test_triton_selector.py tests/test_cute.py
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_triton_select.py tests/test_triton_selector.py tests/test_triton_overlap.py tests/test_memory.py tests/test_device_time.py tests/test_cute.py
 
 docs: $(DOCS_READY)
 	$(BIN)/python docs/generate.py

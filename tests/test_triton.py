@@ -282,7 +282,7 @@ def test_a_step_in_one_wave(
 ) -> None:
     """All programs run at once where that leaves few slots empty; steps of the loop stay full."""
     gpu = Device(132, 232448)
-    monkeypatch.setattr(triton_decode, "ONE_WAVE", True)
+    monkeypatch.setattr(triton_decode, "ONE_WAVE_PAIRS", 1 << 30)
     launch = decode_launch.__wrapped__(batch, 8, selected, block_size, head_dim, 2, gpu)
     assert (launch.blocks, launch.keys) == expected
     assert launch.blocks * block_size % launch.keys == 0

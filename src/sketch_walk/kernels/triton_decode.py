@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 # Programs per multiprocessor below which a step does not fill a GPU.
 PROGRAMS_PER_PROCESSOR = 2
 SPLIT_BLOCKS = (16, 8, 4, 2, 1)
-# Whether a step's programs run all at once where they then take at least this share of what the device holds.
-ONE_WAVE = False
+# Up to how many pairs of a sequence and a key/value head a step's programs run all at once, where they then take at
+# least this share of what the device holds.
+ONE_WAVE_PAIRS = 0
 LEAST_SHARE = 0.75
 # Bytes of one tile of keys, and of all tiles in flight: two programs of a 228 KiB multiprocessor then run at once.
 KEY_TILE_BYTES = 16384
@@ -82,15 +83,17 @@ def decode_launch(
     device: Device,
     page_size: int = 0,
 ) -> DecodeLaunch:
-    """The launch for these shapes: the fewest programs that still fill the device, or with `ONE_WAVE` the most that run
-    at once.
+    """The launch for these shapes: the fewest programs that still fill the device, or, for a
+    few sequences, the most that run at once.
     """
     wanted = PROGRAMS_PER_PROCESSOR * device.processors
     row = padded_dim(head_dim) * element_size
     most_keys = min(64, KEY_TILE_BYTES // row)
-    blocks = _one_wave(batch * kv_heads, max_selected, max(1, most_keys // block_size), wanted) if ONE_WAVE else 0
+    pairs, blocks = batch * kv_heads, 0
+    if pairs <= ONE_WAVE_PAIRS:
+        blocks = _one_wave(pairs, max_selected, max(1, most_keys // block_size), wanted)
     if not blocks:
-        filling = (n for n in SPLIT_BLOCKS if batch * kv_heads * -(-max_selected // n) >= wanted)
+        filling = (n for n in SPLIT_BLOCKS if pairs * -(-max_selected // n) >= wanted)
         blocks = next(filling, 1)
     keys = max(16, min(blocks * block_size, most_keys))
     room = min(IN_FLIGHT_BYTES, device.shared_bytes)
