@@ -177,17 +177,17 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> Part:
     codes, scales = state.read_keys(tokens // block)
     assert scales is not None
     sketch = partial(
-        triton_sketch.sketch_step, key, layout, codes, scales, matrix, block_size=block, key_sub_block=4,
+        triton_sketch.sketch_step, key, query, layout, codes, scales, matrix, block_size=block, key_sub_block=4,
         step=CLIP / KEY_LEVELS, salience=config.salience,
     )  # fmt: skip
     stages = Stages(repeats)
     stages.add_graph("sketch", sketch)
     peaks = partial(
-        triton_peaks.step_peaks, key, query, layout, codes, scales, matrix, block_size=block, key_sub_block=4,
-        step=CLIP / KEY_LEVELS, salience=config.salience, scale=SCALE,
+        triton_peaks.decode_peaks, sketch(), codes, scales, layout.length, scale=SCALE, per_block=block // 4,
+        key_sub_block=4,
     )  # fmt: skip
     for launch in STEP_VARIANTS:
-        name = f"sketch and peaks, {launch.sub_keys} sub-keys, {launch.num_warps} warps"
+        name = f"peaks, {launch.sub_keys} sub-keys, {launch.num_warps} warps"
         stages.add_graph(name, partial(peaks, launch=launch))
     scores = partial(call_scores, state, query, layout, SCALE)
     stages.add_graph("call_scores", scores)

@@ -93,19 +93,13 @@ def compile_for(
 
 
 def check_order(name: str, code: str) -> None:
-    """A kernel that starts early writes nothing, and lets none start after it, before it has waited.
-
-    `_sketch_step`, the first of a chain, is launched the ordinary way and never waits. `_decode_peaks` may write early:
-    all before `_sketch_step` has ended, which has no part in what it writes. Only the programs of the last block wait,
-    before they read codes and before they let the next kernel start.
-    """
-    wait, release = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
-    assert name == "_merge" or release in code, name
-    if name == "_sketch_step":
-        return
-    assert all(wait in part for part in code.split(release)[:-1]), f"{name}: {release} before {wait}"
-    late = "ld.global.cg" if name == "_decode_peaks" else "st.global"
-    assert code.index(late) > code.index(wait), f"{name}: {late} before {wait}"
+    """A kernel that starts early writes nothing, and lets none start after it, before it has waited."""
+    # The first kernel of a chain is launched the ordinary way.
+    waits = 0 if name == "_sketch_step" else code.index("griddepcontrol.wait")
+    for later in ("st.global", "griddepcontrol.launch_dependents"):
+        at = code.find(later)
+        assert at < 0 or at > waits, f"{name}: {later} before griddepcontrol.wait"
+    assert name == "_merge" or "griddepcontrol.launch_dependents" in code, name
 
 
 def prefill(target: Target, padded: bool) -> int:
@@ -176,9 +170,7 @@ def sketch(target: Target, padded: bool) -> int:
 
 
 def peaks(target: Target, per_head: bool) -> int:
-    """Scores of a prompt and the peaks of a decode step, from unpacked and from packed keys, of rounded queries and of
-    queries that are not sketched yet.
-    """
+    """Scores of a prompt and the peaks of a decode step, from unpacked and from packed keys."""
     launch, hip = triton_peaks.PeakLaunch(), target.gpu.backend == "hip"
     group, tile_blocks = HEADS // KV_HEADS, launch.columns // PER_BLOCK
     constants = {
@@ -188,19 +180,14 @@ def peaks(target: Target, per_head: bool) -> int:
     }  # fmt: skip
     limit = {} if hip or launch.max_registers is None else {"maxnreg": launch.max_registers}
     unpack = {**PACKED, "TILE_BLOCKS": tile_blocks}
-    codes: dict[str, object] = dict.fromkeys(("query_index", "past", "matrix"))
-    codes |= {"HEAD_DIM": 0, "PADDED_DIM": 0, "WIDTH": 0, "PDL": False}
-    raw: dict[str, object] = {"query_scales": None, "HEAD_DIM": HEAD_DIM, "PADDED_DIM": HEAD_DIM, "WIDTH": HEAD_DIM}
     step = {
         **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": triton_peaks.StepLaunch().sub_keys // PER_BLOCK,
         "KEY_SUB": 4, "WIDEN": False, "ASM": not hip,
     }  # fmt: skip
-    warps = triton_peaks.StepLaunch().num_warps
     return (
         compile_for(triton_peaks._peaks, constants, target, launch.num_warps, launch.num_stages, **limit)
         + compile_for(triton_peaks._unpack, unpack, target, pointers={"output": "*i8"})
-        + compile_for(triton_peaks._decode_peaks, step | codes, target, warps, pointers={"query": "*i8"})
-        + compile_for(triton_peaks._decode_peaks, step | raw, target, warps)
+        + compile_for(triton_peaks._decode_peaks, step, target, triton_peaks.StepLaunch().num_warps)
     )
 
 

@@ -25,7 +25,6 @@ from sketch_walk.layout import Layout, make_layout
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = available()["triton"]
 if importlib.util.find_spec("triton") is not None:
-    from sketch_walk.kernels import triton_decode
     from sketch_walk.kernels.triton_attention import attend_paged
     from sketch_walk.kernels.triton_backward import rows_that_read
     from sketch_walk.kernels.triton_decode import DecodeLaunch, decode, decode_launch
@@ -278,24 +277,23 @@ def test_a_step_in_one_wave(
     block_size: int,
     head_dim: int,
     expected: tuple[int, int],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All programs run at once where that leaves few slots empty; steps of the loop stay full."""
     gpu = Device(132, 232448)
-    monkeypatch.setattr(triton_decode, "ONE_WAVE_PAIRS", 1 << 30)
-    launch = decode_launch.__wrapped__(batch, 8, selected, block_size, head_dim, 2, gpu)
+    launch = decode_launch(batch, 8, selected, block_size, head_dim, 2, gpu)
     assert (launch.blocks, launch.keys) == expected
     assert launch.blocks * block_size % launch.keys == 0
 
 
-def test_few_sequences_are_split_further() -> None:
-    """Programs fill the GPU at batch 1, and a split is as long as that allows."""
+def test_where_one_wave_would_leave_slots_empty_programs_fill_the_gpu() -> None:
+    """A split is as long as that allows."""
     gpu = Device(132, 232448)
-    launches = {batch: decode_launch(batch, 8, 205, 64, 128, 2, gpu) for batch in (1, 8, 64)}
-    assert [launches[batch].blocks for batch in (1, 8, 64)] == [4, 16, 16]
+    launches = {batch: decode_launch(batch, 8, 205, 64, 128, 2, gpu) for batch in (1, 8, 20, 64)}
+    assert [launch.blocks for launch in launches.values()] == [7, 52, 16, 16]
     assert decode_launch(1, 1, 3, 64, 128, 2, gpu).blocks == 1
     for batch, launch in launches.items():
-        assert batch * 8 * -(-205 // launch.blocks) >= 2 * gpu.processors
+        programs = batch * 8 * -(-205 // launch.blocks)
+        assert programs >= 2 * gpu.processors or 0.75 <= programs / (2 * gpu.processors) <= 1
         assert 2 * launch.num_stages * launch.keys * 128 * 2 <= gpu.shared_bytes // 2
 
 

@@ -37,15 +37,7 @@ from tensors import qkv
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = available()["triton"]
 if importlib.util.find_spec("triton") is not None:
-    from sketch_walk.kernels.triton_peaks import (
-        PeakLaunch,
-        StepLaunch,
-        decode_peaks,
-        peak_scores,
-        step_peaks,
-        unpack_keys,
-        unsupported,
-    )
+    from sketch_walk.kernels.triton_peaks import PeakLaunch, decode_peaks, peak_scores, unpack_keys, unsupported
     from sketch_walk.kernels.triton_sketch import PackedQueries, sketch_keys, sketch_queries
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"triton cannot run: {REASON}")
 
@@ -406,41 +398,6 @@ def test_decode_peaks(case: Case) -> None:
     logits = logits.masked_fill(start >= call.layout.length[:, None, None], -math.inf)
     expected = logits.unflatten(-1, (-1, call.per_block)).amax(-1) * call.scale / math.log(2)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
-
-
-@pytest.mark.parametrize("sub_keys", [16, 64, 256])
-@pytest.mark.parametrize("case", STEPS)
-def test_steps_sketch_their_queries_where_they_are_scored(case: Case, sub_keys: int) -> None:
-    """The same sketch of the last block and the same peaks as by the kernels for any call."""
-    call = Call(case)
-    sizes: dict[str, Any] = {
-        "block_size": call.config.block_size, "key_sub_block": call.config.key_sub_block, "step": CLIP / KEY_LEVELS,
-        "salience": float(call.config.salience),
-    }  # fmt: skip
-    states = [call.stored(), call.stored()]
-    for state in states:
-        assert state.codes is not None
-        assert state.scales is not None
-        # What the step must write: the block of its token.
-        at = (torch.arange(len(state.codes), device=DEVICE), (call.layout.length - 1) // call.config.block_size)
-        state.codes[at[0], :, at[1]] = 255
-        state.scales[at[0], :, at[1]] = 1.0
-    (codes, scales), (other_codes, other_scales) = (state.read_keys(call.blocks) for state in states)
-    assert scales is not None
-    assert other_scales is not None
-    sketch_keys(call.key, call.layout, 1, other_codes, other_scales, call.matrix(), **sizes)
-    expected = decode_peaks(
-        call.packed_queries(), other_codes, other_scales, call.layout.length, scale=call.scale,
-        per_block=call.per_block, key_sub_block=call.config.key_sub_block,
-    )  # fmt: skip
-    found = step_peaks(
-        call.key, call.query, call.layout, codes, scales, call.matrix(), **sizes, scale=call.scale,
-        launch=StepLaunch(sub_keys, 4),
-    )  # fmt: skip
-    assert torch.equal(codes, other_codes)
-    torch.testing.assert_close(scales, other_scales, rtol=1e-6, atol=0)
-    # The products of the rotation are summed in another order: a step of the codes moves by its last bit.
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("new", [100, 1])

@@ -24,6 +24,8 @@ from sketch_walk.layout import Layout
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
+    from sketch_walk.kernels.triton_sketch import PackedQueries
+
 IMPLEMENTATIONS = ("auto", "reference", "triton", "cute")
 
 # Prompt tokens below which dense attention is not slower, selector and state included: measured in
@@ -226,17 +228,8 @@ def peak_scores(
         salience=float(config.salience),
         contrast=float(config.query_contrast),
     )
-    per_block = config.block_size // config.key_sub_block
     if query.shape[2] == 1:
-        peaks = triton_peaks.decode_peaks(
-            queries,
-            codes,
-            scales,
-            layout.length,
-            scale=scale,
-            per_block=per_block,
-            key_sub_block=config.key_sub_block,
-        )
+        peaks = _step_peaks(queries, layout, codes, scales, scale, config)
         return triton_select.scores_from_peaks(peaks, kv_heads=codes.shape[1], per_head=per_head)
     return triton_peaks.peak_scores(
         queries,
@@ -244,9 +237,33 @@ def peak_scores(
         scales,
         layout.length,
         scale=scale,
-        per_block=per_block,
+        per_block=config.block_size // config.key_sub_block,
         key_sub_block=config.key_sub_block,
         per_kv_head=per_head,
+    )
+
+
+def _step_peaks(
+    queries: PackedQueries,
+    layout: Layout,
+    codes: Tensor,
+    scales: Tensor,
+    scale: float,
+    config: SketchWalkConfig,
+    after_step: bool = False,
+) -> Float[Tensor, "batch heads blocks"]:
+    """Best logit of every block for one query per sequence."""
+    from sketch_walk.kernels import triton_peaks
+
+    return triton_peaks.decode_peaks(
+        queries,
+        codes,
+        scales,
+        layout.length,
+        scale=scale,
+        per_block=config.block_size // config.key_sub_block,
+        key_sub_block=config.key_sub_block,
+        after_step=after_step,
     )
 
 
@@ -269,9 +286,9 @@ def step_selection(
     """Scores, indices and counts of one decode step (`sketch_keys`, `peak_scores`, then `select_rows`) in three or four
     kernels.
     """
-    from sketch_walk.kernels import triton_peaks, triton_select
+    from sketch_walk.kernels import triton_select, triton_sketch
 
-    peaks = triton_peaks.step_peaks(
+    queries = triton_sketch.sketch_step(
         key,
         query,
         layout,
@@ -282,8 +299,8 @@ def step_selection(
         key_sub_block=config.key_sub_block,
         step=step,
         salience=float(config.salience),
-        scale=scale,
     )
+    peaks = _step_peaks(queries, layout, codes, scales, scale, config, after_step=True)
     return triton_select.select_from_peaks(
         peaks,
         layout.length,

@@ -39,9 +39,7 @@ if TYPE_CHECKING:
 # Programs per multiprocessor below which a step does not fill a GPU.
 PROGRAMS_PER_PROCESSOR = 2
 SPLIT_BLOCKS = (16, 8, 4, 2, 1)
-# Up to how many pairs of a sequence and a key/value head a step's programs run all at once, where they then take at
-# least this share of what the device holds.
-ONE_WAVE_PAIRS = 0
+# A step's programs run all at once where they then take at least this share of what the device holds.
 LEAST_SHARE = 0.75
 # Bytes of one tile of keys, and of all tiles in flight: two programs of a 228 KiB multiprocessor then run at once.
 KEY_TILE_BYTES = 16384
@@ -83,15 +81,14 @@ def decode_launch(
     device: Device,
     page_size: int = 0,
 ) -> DecodeLaunch:
-    """The launch for these shapes: the fewest programs that still fill the device, or, for a
-    few sequences, the most that run at once.
+    """The launch for these shapes: programs that all run at once and nearly fill the device; where there is no such
+    number of them, the fewest that fill it.
     """
     wanted = PROGRAMS_PER_PROCESSOR * device.processors
     row = padded_dim(head_dim) * element_size
     most_keys = min(64, KEY_TILE_BYTES // row)
-    pairs, blocks = batch * kv_heads, 0
-    if pairs <= ONE_WAVE_PAIRS:
-        blocks = _one_wave(pairs, max_selected, max(1, most_keys // block_size), wanted)
+    pairs = batch * kv_heads
+    blocks = _one_wave(pairs, max_selected, max(1, most_keys // block_size), wanted)
     if not blocks:
         filling = (n for n in SPLIT_BLOCKS if pairs * -(-max_selected // n) >= wanted)
         blocks = next(filling, 1)
@@ -199,13 +196,18 @@ def _decode(
         values = load_lanes(value, value_at, dim, seen, HEAD_DIM, WIDEN)
         logits = product(queries, tl.trans(keys), WIDEN) * scale_log2
         logits = tl.where(seen[None, :], logits, HIDDEN)
+        best_before, total_before = best, total
         acc, best, total = accumulate(acc, best, total, logits, values, 1.0, WIDEN)
         if masses is not None:
             WHOLE_BLOCKS: tl.constexpr = (KEYS + BLOCK - 1) // BLOCK
             UNIT: tl.constexpr = KEYS // WHOLE_BLOCKS
             # Over the best logit so far: what lies far below that has no share.
-            weight = tl.reshape(tl.exp2(logits - best[:, None]), [LANES, WHOLE_BLOCKS, UNIT])
-            mass = best[:, None] + tl.log2(tl.maximum(tl.sum(weight, 2), 1.1754944e-38))
+            if WHOLE_BLOCKS == 1:
+                # What the step added to the total, to a ten-millionth of it.
+                sums = (total - total_before * tl.exp2(best_before - best))[:, None]
+            else:
+                sums = tl.sum(tl.reshape(tl.exp2(logits - best[:, None]), [LANES, WHOLE_BLOCKS, UNIT]), 2)
+            mass = best[:, None] + tl.log2(tl.maximum(sums, 1.1754944e-38))
             unit = start // UNIT + tl.arange(0, WHOLE_BLOCKS)
             of_head = masses + (sequence.to(tl.int64) * tl.num_programs(1) * GROUP + head) * num_units
             kept = real[:, None] & (unit * UNIT < last)[None, :]

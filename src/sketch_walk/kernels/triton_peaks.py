@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketch_walk.kernels.triton_sketch import PackedQueries, _round_halves, sketch_step
+from sketch_walk.kernels.triton_sketch import PackedQueries
 from sketch_walk.kernels.triton_tiles import (
     HIDDEN,
     LOG2_E,
@@ -27,13 +27,11 @@ from sketch_walk.kernels.triton_tiles import (
     interpreted,
     next_power_of_2,
     overlaps,
-    padded_dim,
     release_next,
 )
-from sketch_walk.layout import Layout
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Shaped
+    from jaxtyping import Float, Int
 
 # Rows that no token fills give a block this many units: far below any product of codes.
 NOTHING = tl.constexpr(-(1 << 30))
@@ -267,72 +265,34 @@ def _peaks(
 
 
 @triton.jit
-def _step_queries(
-    query, query_index, past, end, matrix, sequence, head, real, q_batch, q_head, q_token, half,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Codes and scales of one query per head; 0 where the sequence has no new token."""
-    real = real & (tl.load(past + sequence) < end)
-    at = sequence.to(tl.int64) * q_batch
-    if query_index is not None:
-        at += tl.load(query_index + sequence) * q_token
-    dim = tl.arange(0, PADDED_DIM)
-    queries = tl.load(
-        query + at + head.to(tl.int64)[:, None] * q_head + dim[None, :],
-        mask=real[:, None] & (dim < HEAD_DIM)[None, :],
-        other=0.0,
-    )
-    return _round_halves(queries.to(tl.float32), matrix, dim, half, HEAD_DIM, WIDTH, HALF)
-
-
-@triton.jit
 def _decode_peaks(
-    query, query_scales, query_index, past, matrix, codes, key_scales, length, peaks,
-    q_batch, q_head, q_token, c_batch, c_head, c_block, s_batch, s_head, num_heads, num_blocks, scale_log2,
+    query_codes, query_scales, codes, key_scales, length, peaks,
+    c_batch, c_head, c_block, s_batch, s_head, num_heads, num_blocks, scale_log2,
     GROUP: tl.constexpr, LANES: tl.constexpr, TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
-    KEY_SUB: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-    PADDED_HALF: tl.constexpr, WIDEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    KEY_SUB: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, WIDEN: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Best logit of TILE_BLOCKS blocks for the heads of one group, from the upper four bits.
 
-    `query` holds codes, with their scales; or, with a rotation `matrix`, what those are made of: every program then
-    makes its own.
-
-    PDL: the kernel in front is `_sketch_step`, which writes the block of the last token and nothing else. Programs
-    whose tile lies before that block do not wait for it, not even to write: `_sketch_step` started when all before it
-    had ended, and has no part in `peaks`. The others wait with their queries made, at least one per head and sequence,
-    and nothing that follows may start before they have: whoever waits for this kernel has waited for both. Codes are
-    read past the first cache, which may not see what `_sketch_step` writes beside them.
+    PDL: the kernel in front is `_sketch_step`, which writes the last block; codes of other tiles are read meanwhile,
+    past the first cache, which may not see what that kernel writes beside them.
     """
     tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(length + sequence).to(tl.int32)
     lane = tl.arange(0, LANES)
     real = lane < GROUP
-    head = kv_head * GROUP + lane
-    slot = sequence.to(tl.int64) * num_heads + head
+    slot = sequence.to(tl.int64) * num_heads + kv_head * GROUP + lane
     block_column = tl.arange(0, TILE_BLOCKS)
     block = tile * TILE_BLOCKS + block_column
     to = peaks + slot[:, None] * num_blocks + block[None, :]
     inside = real[:, None] & (block < num_blocks)[None, :]
-    if tile * TILE_BLOCKS * PER_BLOCK * KEY_SUB >= end:
+    beyond = (tile + 1) * TILE_BLOCKS * PER_BLOCK * KEY_SUB
+    if beyond >= end:
         await_previous(PDL)
-        release_next(PDL)
+    if tile * TILE_BLOCKS * PER_BLOCK * KEY_SUB >= end:
         tl.store(to, tl.full([LANES, TILE_BLOCKS], float("-inf"), tl.float32), mask=inside)
         return
     half = tl.arange(0, PADDED_HALF)
-    if matrix is None:
-        start = query + slot[:, None] * q_head + half[None, :]
-        mask = real[:, None] & (half < HALF)[None, :]
-        first_queries, second_queries = tl.load(start, mask=mask, other=0), tl.load(start + HALF, mask=mask, other=0)
-        units = tl.load(query_scales + slot, mask=real, other=0.0)
-    else:
-        first_queries, second_queries, units = _step_queries(
-            query, query_index, past, end, matrix, sequence, head, real, q_batch, q_head, q_token, half,
-            HEAD_DIM, PADDED_DIM, WIDTH, HALF,
-        )  # fmt: skip
-    if (tile + 1) * TILE_BLOCKS * PER_BLOCK * KEY_SUB >= end:
-        await_previous(PDL)
-    release_next(PDL)
     CACHE: tl.constexpr = ".cg" if PDL else ""
     row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
     of_block = tile * TILE_BLOCKS + row // PER_BLOCK
@@ -342,6 +302,13 @@ def _decode_peaks(
     packed = tl.load(at, mask=(of_block < num_blocks)[:, None] & (half < HALF)[None, :], other=0, cache_modifier=CACHE)
     steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head + block
     steps = tl.load(steps, mask=block < num_blocks, other=0.0, cache_modifier=CACHE)
+    await_previous(PDL)
+    release_next(PDL)
+    start = query_codes + slot[:, None] * COLUMNS + half[None, :]
+    first_queries = tl.load(start, mask=real[:, None] & (half < HALF)[None, :], other=0)
+    second_queries = tl.load(
+        start + HALF, mask=real[:, None] & (half < HALF)[None, :] & (half + HALF < COLUMNS), other=0
+    )
     first, second = _nibbles(packed, ASM)
     if WIDEN:
         products = tl.dot(first_queries.to(tl.float32), tl.trans(first.to(tl.float32)), input_precision="ieee")
@@ -355,7 +322,7 @@ def _decode_peaks(
     peak = tl.max(tl.reshape(products, [LANES, TILE_BLOCKS, PER_BLOCK]), 2)
     # A nibble u stands for the code 16 * u - 128 and, for what the lower four bits may add, MIDDLE more.
     sums = tl.sum(first_queries.to(tl.int32), 1) + tl.sum(second_queries.to(tl.int32), 1)
-    units *= scale_log2
+    units = tl.load(query_scales + slot, mask=real, other=0.0) * scale_log2
     code = peak.to(tl.float32) * 16.0 + (sums.to(tl.float32) * (MIDDLE - 128.0))[:, None]
     tl.store(to, tl.where(peak == NOTHING, float("-inf"), code * units[:, None] * steps[None, :]), mask=inside)
 
@@ -443,68 +410,27 @@ def decode_peaks(
     scale: float,
     per_block: int,
     key_sub_block: int,
+    after_step: bool = False,
     launch: StepLaunch | None = None,
 ) -> Float[Tensor, "batch heads blocks"]:
     """Best logit of every block for the one query of every sequence, in units of log 2; -inf where no key is.
 
-    Reads half of the key sketches: the upper four bits.
+    Reads half of the key sketches: the upper four bits. `after_step`: the kernel in front is that of
+    `triton_sketch.sketch_step`, with these queries, codes and scales; this one may then start before that has ended.
     """
+    launch = launch or StepLaunch()
     batch, _, heads, _, columns = queries.codes.shape
-    peaks = torch.empty(batch, heads, codes.shape[2], dtype=torch.float32, device=codes.device)
-    grid, sizes = _step_sizes(heads, codes, per_block, key_sub_block, launch or StepLaunch())
-    _decode_peaks[grid](
-        queries.codes, queries.scales, None, None, None, codes, scales, length, peaks, 0, columns, 0,
-        *codes.stride()[:3], *scales.stride()[:2], heads, codes.shape[2], scale * LOG2_E,
-        HEAD_DIM=0, PADDED_DIM=0, WIDTH=0, **sizes, PDL=False,
-    )  # fmt: skip
-    return peaks
-
-
-def step_peaks(
-    key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
-    query: Shaped[Tensor, "batch heads 1 head_dim"],
-    layout: Layout,
-    codes: Int[Tensor, "batch kv_heads blocks payload"],
-    scales: Float[Tensor, "batch kv_heads blocks 1"],
-    matrix: Float[Tensor, "head_dim width"],
-    *,
-    block_size: int,
-    key_sub_block: int,
-    step: float,
-    salience: float,
-    scale: float,
-    launch: StepLaunch | None = None,
-) -> Float[Tensor, "batch heads blocks"]:
-    """`triton_sketch.sketch_step`, then `decode_peaks` of the call's queries, sketched in the same kernel.
-
-    The peaks of all but the last block are made while the new token's block is sketched, where kernels may overlap.
-    """
-    batch, heads, _, head_dim = query.shape
-    # Before the first launch: if the allocator were to fill it, the fill would come between the two kernels.
-    peaks = torch.empty(batch, heads, codes.shape[2], dtype=torch.float32, device=codes.device)
-    sketch_step(
-        key, layout, codes, scales, matrix, block_size=block_size, key_sub_block=key_sub_block, step=step,
-        salience=salience,
-    )  # fmt: skip
-    grid, sizes = _step_sizes(heads, codes, block_size // key_sub_block, key_sub_block, launch or StepLaunch())
-    _decode_peaks[grid](
-        query, None, layout.query_index, layout.past, matrix, codes, scales, layout.length, peaks,
-        *query.stride()[:3], *codes.stride()[:3], *scales.stride()[:2], heads, codes.shape[2], scale * LOG2_E,
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), WIDTH=matrix.shape[1], **sizes,
-        **dependent(overlaps(codes.device, batch * codes.shape[1])),
-    )  # fmt: skip
-    return peaks
-
-
-def _step_sizes(
-    heads: int, codes: Tensor, per_block: int, key_sub_block: int, launch: StepLaunch
-) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and constants of the decode kernel, and its warps."""
-    batch, kv_heads, blocks, payload = codes.shape
-    group, half = heads // kv_heads, payload // (2 * per_block)
+    kv_heads, blocks = codes.shape[1], codes.shape[2]
+    half = codes.shape[3] // (2 * per_block)
+    group = heads // kv_heads
     tile_blocks = max(1, launch.sub_keys // per_block)
-    return (-(-blocks // tile_blocks), kv_heads, batch), {
-        "GROUP": group, "LANES": max(16, next_power_of_2(group)), "TILE_BLOCKS": tile_blocks, "PER_BLOCK": per_block,
-        "KEY_SUB": key_sub_block, "HALF": half, "PADDED_HALF": max(32, next_power_of_2(half)), "WIDEN": interpreted(),
-        "ASM": not interpreted() and torch.version.hip is None, "num_warps": launch.num_warps,
-    }  # fmt: skip
+    peaks = torch.empty(batch, heads, blocks, dtype=torch.float32, device=codes.device)
+    _decode_peaks[(-(-blocks // tile_blocks), kv_heads, batch)](
+        queries.codes, queries.scales, codes, scales, length, peaks,
+        *codes.stride()[:3], *scales.stride()[:2], heads, blocks, scale * LOG2_E,
+        GROUP=group, LANES=max(16, next_power_of_2(group)), TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block,
+        KEY_SUB=key_sub_block, COLUMNS=columns, HALF=half, PADDED_HALF=max(32, next_power_of_2(half)),
+        WIDEN=interpreted(), ASM=not interpreted() and torch.version.hip is None, num_warps=launch.num_warps,
+        **dependent(after_step and overlaps(codes.device, batch * kv_heads)),
+    )  # fmt: skip
+    return peaks

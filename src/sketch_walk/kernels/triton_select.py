@@ -393,8 +393,8 @@ def select_from_peaks(
         Heads of one program. At or above the heads of a selection one launch does everything; below, a second one takes
         the greatest of the parts and chooses. Default: `split_heads`.
     after_peaks : bool
-        The kernel in front is the last of `triton_peaks.step_peaks`, which made these peaks; the first launch may then
-        start before that has ended.
+        The kernel in front is that of `triton_peaks.decode_peaks` with `after_step`, and made these peaks; the first
+        launch may then start before that has ended.
     launch : SelectLaunch, optional
         Default: `select_launch`.
 

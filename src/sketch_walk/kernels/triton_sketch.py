@@ -185,31 +185,10 @@ def _sketch_blocks(
 
 
 @triton.jit
-def _query_scale(greatest):
-    """Step of the codes of rotated queries, from the greatest magnitude of each."""
-    return tl.maximum(greatest / 127.0, 1.1754944e-38)
-
-
-@triton.jit
-def _query_codes(values, scale):
-    """Codes [rows, columns] as int8 of rotated queries."""
-    return tl.floor(values * (1.0 / scale)[:, None] + 0.5).to(tl.int8)
-
-
-@triton.jit
-def _round_halves(
-    queries, matrix, dim, half,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Queries [rows, PADDED_DIM] rotated and rounded: codes of the first and the second half, and scales [rows].
-
-    The same numbers as the codes of all coordinates at once; 0 beyond either half.
-    """
-    inside = (half < HALF)[None, :]
-    first = tl.where(inside, _rotate(queries, matrix, dim, half, HEAD_DIM, WIDTH), 0.0)
-    second = tl.where(inside, _rotate(queries, matrix, dim, half + HALF, HEAD_DIM, WIDTH), 0.0)
-    scale = _query_scale(tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1)))
-    return _query_codes(first, scale), _query_codes(second, scale), scale
+def _round_queries(values):
+    """Codes [rows, columns] as int8 and scales [rows] of rotated queries."""
+    scale = tl.maximum(tl.max(tl.abs(values), 1) / 127.0, 1.1754944e-38)
+    return tl.floor(values * (1.0 / scale)[:, None] + 0.5).to(tl.int8), scale
 
 
 @triton.jit
@@ -274,8 +253,7 @@ def _sketch_queries(
         kept = (ahead < KEPT) & of_block
         place = tl.sum((kept[:, None, :] & earlier).to(tl.int32), 2)
     kept_lane = tl.reshape(kept, [TILE * RUNS]) & (first_row + lane // RUNS < num_rows)
-    scale = _query_scale(tl.max(tl.abs(values), 1))
-    rounded = _query_codes(values, scale)
+    rounded, scale = _round_queries(values)
     last = tl.minimum(start + (lane // RUNS) * BLOCK + (lane % RUNS) * SUB + SUB - 1, end - 1)
     first_slot = (sequence.to(tl.int64) * num_rows + first_row) * tl.num_programs(1) + head
     slot = (lane // RUNS) * (tl.num_programs(1) * KEPT) + tl.reshape(place, [TILE * RUNS])
@@ -289,23 +267,44 @@ def _sketch_queries(
 
 @triton.jit
 def _sketch_step(
-    key, key_index, past, length, matrix, codes, scales,
-    k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
+    key, key_index, query, query_index, past, length, matrix, codes, scales, query_codes, query_scales,
+    k_batch, k_head, k_token, q_batch, q_head, q_token, c_batch, c_head, c_block, s_batch, s_head, s_block,
+    num_keys, kv_heads, step_of_spread, salience,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, INDEXED: tl.constexpr,
-    UNROLL: tl.constexpr, PDL: tl.constexpr,
+    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, INDEXED: tl.constexpr, UNROLL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """The block of each sequence's new token, of one head; no other block."""
+    """One new token per sequence: its block of one head, or the queries of one group of heads."""
     # Launched the ordinary way: all that came before has ended.
     release_next(PDL)
-    head, sequence = tl.program_id(0), tl.program_id(1)
-    block = tl.load(past + sequence).to(tl.int32) // BLOCK
-    _sketch_blocks(
-        key, key_index, length, matrix, codes, scales, block, head, sequence,
-        k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block,
-        num_keys, step_of_spread, salience,
-        BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, HALF, PADDED_HALF, INDEXED, UNROLL,
-    )  # fmt: skip
+    task, sequence = tl.program_id(0), tl.program_id(1)
+    seen = tl.load(past + sequence).to(tl.int32)
+    if task < kv_heads:
+        _sketch_blocks(
+            key, key_index, length, matrix, codes, scales, seen // BLOCK, task, sequence, k_batch, k_head, k_token,
+            c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
+            BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, HALF, PADDED_HALF, INDEXED, UNROLL,
+        )  # fmt: skip
+    else:
+        lane = tl.arange(0, LANES)
+        real = (lane < GROUP) & (seen < tl.load(length + sequence))
+        head = (task - kv_heads) * GROUP + lane
+        at = sequence.to(tl.int64) * q_batch
+        if INDEXED:
+            at += tl.load(query_index + sequence) * q_token
+        dim = tl.arange(0, PADDED_DIM)
+        queries = tl.load(
+            query + at + head.to(tl.int64)[:, None] * q_head + dim[None, :],
+            mask=real[:, None] & (dim < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        column = tl.arange(0, COLUMNS)
+        rounded, scale = _round_queries(_rotate(queries.to(tl.float32), matrix, dim, column, HEAD_DIM, WIDTH))
+        slot = (sequence.to(tl.int64) * kv_heads + task - kv_heads) * GROUP
+        inside = (lane < GROUP)[:, None] & (column >= 0)[None, :]
+        tl.store(query_codes + slot * COLUMNS + (lane[:, None] * COLUMNS + column[None, :]), rounded, mask=inside)
+        tl.store(query_scales + slot + lane, scale, mask=lane < GROUP)
 
 
 def _sizes(
@@ -403,6 +402,7 @@ def sketch_queries(
 
 def sketch_step(
     key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
+    query: Shaped[Tensor, "batch heads 1 head_dim"],
     layout: Layout,
     codes: Shaped[Tensor, "batch kv_heads blocks payload"],
     scales: Float[Tensor, "batch kv_heads blocks 1"],
@@ -412,19 +412,25 @@ def sketch_step(
     key_sub_block: int,
     step: float,
     salience: float,
-) -> None:
-    """`sketch_keys` of one new token per sequence: more of its one block is read at once, and a kernel that is launched
-    to overlap with it may start.
+) -> PackedQueries:
+    """`sketch_keys` and `sketch_queries` of one query per sequence, in one kernel.
+
+    The ranks of the queries are not written: a decode step sees everything.
     """
-    batch, heads, num_keys, head_dim = key.shape
-    width = matrix.shape[1]
+    batch, kv_heads, num_keys, head_dim = key.shape
+    heads, width = query.shape[1], matrix.shape[1]
+    packed = _empty(batch, 1, heads, 1, width, query.device)
     sizes = _sizes(block_size, key_sub_block, 1, head_dim, width, STEP_LAUNCH)
-    _sketch_step[(heads, batch)](
-        key, layout.key_index, layout.past, layout.length, matrix, codes, scales,
-        *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience,
-        **sizes, **_halves(width), INDEXED=layout.key_index is not None,
-        UNROLL=min(MOST_UNROLLED, key_sub_block), PDL=overlaps(key.device, batch * heads),
+    group = heads // kv_heads
+    _sketch_step[(2 * kv_heads, batch)](
+        key, layout.key_index, query, layout.query_index, layout.past, layout.length, matrix, codes, scales,
+        packed.codes, packed.scales, *key.stride()[:3], *query.stride()[:3], *codes.stride()[:3],
+        *scales.stride()[:3], num_keys, kv_heads, step, salience,
+        **sizes, **_halves(width), COLUMNS=packed.codes.shape[-1], GROUP=group,
+        LANES=max(16, next_power_of_2(group)), INDEXED=layout.key_index is not None,
+        UNROLL=min(MOST_UNROLLED, key_sub_block), PDL=overlaps(key.device, batch * kv_heads),
     )  # fmt: skip
+    return packed
 
 
 def _empty(batch: int, rows: int, heads: int, kept: int, width: int, device: torch.device) -> PackedQueries:

@@ -61,8 +61,7 @@ def overlaps(device: torch.device, pairs: int) -> bool:
     ones: they have ended because in every kernel here some program waits, and does so before it calls `release_next`,
     so that none starts before the kernel two in front has ended. Hence a kernel may read, before it waits, what the one
     in front does not write, if that one is of the same chain and the chain's first kernel was launched the ordinary
-    way. It writes nothing before it waits, for its buffers may be memory that an earlier kernel still reads; but for
-    the second kernel of a chain, before which only the first can still run.
+    way. It writes nothing before it waits, for its buffers may be memory that an earlier kernel still reads.
     """
     return pairs <= MOST_OVERLAPPED and device.type == "cuda" and _overlaps(device.index or 0)
 
