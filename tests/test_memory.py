@@ -17,6 +17,7 @@ from sketch_walk.state import LayerSketch
 CONFIG = SketchWalkConfig(block_size=16, top_k_blocks=4, query_sub_block=4, key_sub_block=4, dense_below=0)
 TRITON = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(not TRITON, reason="needs a GPU or TRITON_INTERPRET=1")
 
 
 def tensors(tokens: int, *, batch: int = 1, heads: int = 4, kv_heads: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
@@ -172,7 +173,7 @@ def test_the_memory_grows_with_the_sequence() -> None:
     assert (state.memory[:, :, :3] >= 0.9**19 * before - 1e-6).all()
 
 
-@pytest.mark.skipif(not TRITON, reason="needs a GPU or TRITON_INTERPRET=1")
+@needs_triton
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "changes"),
     [
@@ -203,7 +204,7 @@ def test_kernels_remember_what_the_reference_remembers(
         found.memory.copy_(expected.memory)
 
 
-@pytest.mark.skipif(not TRITON, reason="needs a GPU or TRITON_INTERPRET=1")
+@needs_triton
 def test_gradients_leave_the_memory_right() -> None:
     q, k, v = tensors(100)
     expected, found = prompt(q, k, v, 99, CONFIG), prompt(q, k, v, 99, CONFIG)
@@ -215,3 +216,27 @@ def test_gradients_leave_the_memory_right() -> None:
     assert expected.memory is not None
     assert found.memory is not None
     torch.testing.assert_close(found.memory, expected.memory, rtol=3e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_a_padded_sequence_remembers_what_it_does_alone(impl: str) -> None:
+    q, k, v = tensors(90)
+    short = [x[:, :, :60] for x in (q, k, v)]
+    padded = [
+        torch.cat([x, torch.cat([torch.zeros_like(x[:, :, :30]), y], 2)]) for x, y in zip((q, k, v), short, strict=True)
+    ]
+    valid = torch.ones(2, 90, dtype=torch.bool, device=DEVICE)
+    valid[1, :30] = False
+    alone, both = LayerSketch(CONFIG), LayerSketch(CONFIG)
+    for first, last in ((0, 87), (87, 88), (88, 89), (89, 90)):
+        new, seen = slice(first, last), slice(0, last)
+        layout = make_layout(2, last - first, last, q.device, valid=valid[:, :last])
+        calls = (padded[0][:, :, new], padded[1][:, :, seen], padded[2][:, :, seen])
+        sketch_walk_attention(*calls, CONFIG, state=both, layout=layout, impl=impl)
+        new, seen = slice(max(first - 30, 0), last - 30), slice(0, last - 30)
+        calls = (short[0][:, :, new], short[1][:, :, seen], short[2][:, :, seen])
+        sketch_walk_attention(*calls, CONFIG, state=alone, impl=impl)
+    assert alone.memory is not None
+    assert both.memory is not None
+    assert alone.memory[0, 0, :4].any()
+    torch.testing.assert_close(both.memory[1, :, :4], alone.memory[0, :, :4], rtol=1e-4, atol=1e-6)

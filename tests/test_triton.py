@@ -261,7 +261,8 @@ def test_any_number_of_blocks_may_share_a_program(blocks: int, keys: int, block_
     ("batch", "selected", "block_size", "head_dim", "expected"),
     [
         (1, 205, 64, 128, (7, 64)),  # 8 x 30 programs of 264 at once
-        (8, 205, 64, 128, (52, 64)),
+        (8, 205, 64, 128, (16, 64)),  # 52 blocks: too many
+        (1, 2048, 64, 128, (16, 64)),
         (8, 103, 128, 128, (26, 64)),
         (1, 205, 16, 128, (8, 64)),  # steps of four whole blocks
         (1, 205, 32, 256, (7, 32)),
@@ -289,7 +290,7 @@ def test_where_one_wave_would_leave_slots_empty_programs_fill_the_gpu() -> None:
     """A split is as long as that allows."""
     gpu = Device(132, 232448)
     launches = {batch: decode_launch(batch, 8, 205, 64, 128, 2, gpu) for batch in (1, 8, 20, 64)}
-    assert [launch.blocks for launch in launches.values()] == [7, 52, 16, 16]
+    assert [launch.blocks for launch in launches.values()] == [7, 16, 16, 16]
     assert decode_launch(1, 1, 3, 64, 128, 2, gpu).blocks == 1
     for batch, launch in launches.items():
         programs = batch * 8 * -(-205 // launch.blocks)

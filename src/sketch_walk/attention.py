@@ -118,8 +118,9 @@ def sketch_walk_attention(
     kernels.check_impl(impl)
     with torch.no_grad():
         state = LayerSketch(config) if state is None else state
-        exact = causal and bias is None and score_with is None
-        plain = exact and config.mass is None and combine_scores is None
+        usual = causal and bias is None and score_with is None
+        remembers = usual and config.remembers
+        plain = usual and config.mass is None and combine_scores is None
         if plain and step_with_triton(state.config, query, key, impl):
             rows, selection = one_step(state, query, key, layout, scale, config)
         else:
@@ -128,7 +129,7 @@ def sketch_walk_attention(
                 scores = call_scores(state, query, layout, scale, causal, impl)
             else:
                 scores = score_with(query, key, config, layout=layout, scale=scale)
-            if exact and config.remembers and state.memory is not None:
+            if remembers and state.memory is not None:
                 if num_queries == 1:
                     scores = recall(state.memory, scores, layout, config)
                 else:
@@ -143,7 +144,6 @@ def sketch_walk_attention(
                     rows = walk_step(walk, rows, transitions, _row_index(layout, rows, config), config)
             selection = select(rows, layout, config, causal, bias, impl)
     shared = selection.per_head()
-    remembers = exact and config.remembers and num_queries == 1
     output, used = kernels.attend(
         query,
         key,
@@ -156,7 +156,7 @@ def sketch_walk_attention(
         causal=causal,
         bias=bias,
         mean_correction=config.mean_correction,
-        memory=state.memory if remembers else None,
+        memory=state.memory if remembers and num_queries == 1 else None,
         impl=impl,
     )
     return SketchWalkOutput(output, selection, rows, used)

@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 # Programs per multiprocessor below which a step does not fill a GPU.
 PROGRAMS_PER_PROCESSOR = 2
 SPLIT_BLOCKS = (16, 8, 4, 2, 1)
-# A step's programs run all at once where they then take at least this share of what the device holds.
+# A step's programs run all at once where they then take at least this share of what the device holds, and none reads
+# more than so many blocks: a static cache that is partly filled leaves the last programs of a row without work.
 LEAST_SHARE = 0.75
+MOST_BLOCKS = 32
 # Bytes of one tile of keys, and of all tiles in flight: two programs of a 228 KiB multiprocessor then run at once.
 KEY_TILE_BYTES = 16384
 IN_FLIGHT_BYTES = 98304
@@ -103,13 +105,14 @@ def decode_launch(
 
 def _one_wave(pairs: int, max_selected: int, step_blocks: int, slots: int) -> int:
     """Blocks of a program, in whole steps of `step_blocks`, so that all programs of `pairs` sequences and key/value
-    heads run at once in `slots`; 0 if too many slots stay empty.
+    heads run at once in `slots`; 0 if too many slots stay empty or a program has too much to read.
     """
     splits = slots // pairs
     if not splits or not max_selected:
         return 0
     blocks = -(-max_selected // (splits * step_blocks)) * step_blocks
-    return blocks if pairs * -(-max_selected // blocks) >= LEAST_SHARE * slots else 0
+    filled = pairs * -(-max_selected // blocks) >= LEAST_SHARE * slots
+    return blocks if filled and blocks <= MOST_BLOCKS else 0
 
 
 @triton.jit
