@@ -962,6 +962,8 @@ SHORT_SPEED, STATE_SHARE, STEP_SHARE = 0.97, 0.08, 0.02
 
 # By density: least accuracies of the three tasks and most prose NLL, at the length of `QUALITY`.
 QUALITY_AIMS = {0.2: ((1.0, 0.90, 0.32), 3.255), 0.1: ((1.0, 0.88, 0.26), 3.32)}
+# Points that sparse steps may lose against dense steps after the same prompts.
+STEP_AIM = 2
 
 
 def judged(text: str, met: bool) -> str:
@@ -984,6 +986,25 @@ def quality_aims() -> str:
     asked = (column for task in (*TASKS, "prose NLL") for column in (f"{task}, asked for", "measured"))
     text = f"Prompts of {data['tokens']:,} tokens, default rule, at least {BASE['min_blocks']} blocks a row:"
     return text + "\n\n" + table(("density", *asked), body, left=0)
+
+
+def step_aims() -> str:
+    """Region: answers of sparse steps beside dense steps after the same sparse prompts; what is missed in bold."""
+    data = required(ANSWERS)
+    body = []
+    for setting in ("0.2, tail of 4", "0.2"):
+        row = data["summary"][f"{setting}: sparse steps"]
+        cells = []
+        for task in data["rows"]["dense"]["hits"]:
+            apart = row[f"{task}_hits_against_dense_steps"]
+            points = f"{100 * apart['mean']:+.1f} ({100 * apart['low']:+.1f} to {100 * apart['high']:+.1f})"
+            cells.append(judged(points, 100 * apart["mean"] >= -STEP_AIM))
+        body.append([setting, f"at least -{STEP_AIM:g}", *cells])
+    text = (
+        "Needle answers of sparse steps, in points against dense steps after the same sparse prompts, with 95 % "
+        f"intervals of the paired difference (`{ANSWERS}`):"
+    )
+    return wrapped(text) + "\n\n" + table(("density", "asked for", *data["rows"]["dense"]["hits"]), body)
 
 
 def gpu_aims() -> str:
@@ -1795,6 +1816,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "gpu-summary": gpu_summary,
     "gpu-aims": gpu_aims,
     "quality-aims": quality_aims,
+    "step-aims": step_aims,
     "gpu-memory": gpu_memory,
     "cpu-decode": cpu_decode,
     "generation": generation,

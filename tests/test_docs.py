@@ -309,6 +309,18 @@ def test_aims_of_quality_are_judged_by_the_runs(
         assert ("**" in line) is (nll > 3.255)
 
 
+def test_aims_of_steps_are_judged_by_the_run(
+    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = generate.required(generate.ANSWERS)
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    for points in (-1.9, -2.1):
+        data["summary"]["0.2: sparse steps"]["prose_hits_against_dense_steps"]["mean"] = points / 100
+        (tmp_path / generate.ANSWERS).write_text(json.dumps(data), encoding="utf-8")
+        line = next(line for line in generate.step_aims().splitlines() if line.startswith("| 0.2 |"))
+        assert (f"**{points:.1f} (" in line) is (points < -2)
+
+
 def test_speed_names_the_quality_of_its_settings(generate: ModuleType) -> None:
     assert generate.quality_note([]) == ""
     read = {(64, 0.2): "22.5", (64, 0.1): "14.1"}
