@@ -28,7 +28,7 @@ def fed(tokens: int, config: SketchWalkConfig = CONFIG, capacity: int | None = N
 
 
 def buffers(sketch: LayerSketch) -> dict[str, Tensor | None]:
-    return {name: getattr(sketch, name) for name in ("codes", "scales", "rows", "ring", "ring_start")}
+    return {name: getattr(sketch, name) for name in ("codes", "scales", "memory", "rows", "ring", "ring_start")}
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 7])
@@ -361,3 +361,24 @@ def test_scores_can_be_combined_across_ranks() -> None:
     for result in results:
         assert (result.selection.indices == whole.selection.indices).all()
     torch.testing.assert_close(torch.cat([r.output for r in results], 1), whole.output, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("walk", ["none", "damped"])
+def test_a_prompt_in_inference_mode_and_a_step_out_of_it(walk: str) -> None:
+    """Made, grown and reordered in inference mode, and still written to afterwards."""
+    config = replace(CONFIG, walk=walk)
+    query, key, value = qkv(2, 4, 2, 61, 32)
+    inside, outside = LayerSketch(config), LayerSketch(config)
+    for state, mode in ((inside, True), (outside, False)):
+        with torch.inference_mode(mode):
+            for start, stop in ((0, 20), (20, 60)):
+                call = (query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop])
+                sketch_walk_attention(*call, config, state=state)
+            state.reorder(torch.tensor([1, 0]))
+    results = [
+        sketch_walk_attention(*(x.flip(0)[:, :, part] for x, part in step), config, state=state)
+        for state in (inside, outside)
+        for step in [((query, slice(60, 61)), (key, slice(0, 61)), (value, slice(0, 61)))]
+    ]
+    assert torch.equal(results[0].output, results[1].output)
+    assert torch.equal(results[0].selection.indices, results[1].selection.indices)

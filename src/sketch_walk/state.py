@@ -8,7 +8,7 @@ tokens (speculative decoding) loses nothing. After a deeper crop into a block, t
 seen since.
 
 Capacity grows with the sequence, in whole blocks; a state made with a fixed capacity never reallocates, which compiled
-graphs need.
+graphs need. Buffers are made outside of inference mode, so that a prompt may be read in it and a step taken out of it.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class LayerSketch:
         """Recent tokens whose queries are kept."""
         return self.config.block_size + ROLLBACK
 
+    @torch.inference_mode(False)
     def allocate(
         self,
         batch: int,
@@ -123,6 +124,7 @@ class LayerSketch:
             raise ValueError(f"the state holds {self.capacity} tokens per sequence, got {tokens}")
         self._grow(blocks)
 
+    @torch.inference_mode(False)
     def _grow(self, blocks: int) -> None:
         assert self.codes is not None
         self.codes = _grown(self.codes, blocks, dim=2)
@@ -233,6 +235,7 @@ class LayerSketch:
             self.memory[:, :, -(-tokens // self.config.block_size) :] = 0
         self.tokens = min(self.tokens, tokens)
 
+    @torch.inference_mode(False)
     def reorder(self, index: Int[Tensor, " new_batch"]) -> None:
         """Make sequence i of the new batch a copy of sequence ``index[i]`` (beam search)."""
         for name in ("codes", "scales", "memory", "rows", "ring", "ring_start"):
