@@ -513,9 +513,9 @@ def test_call_on_top_of_earlier_calls(case: Case) -> None:
                 indices = results[layer].selection.per_head().indices[sequence]
                 chosen = block_mask(indices, call.walk.shape[-1])
                 assert_same_selection(chosen, call, config, budget)
-                if remembers and stop - start == 1:
+                if remembers:
                     query, key = pairs[layer]
-                    found = restatement.shares(query[:, start], key[:, :stop], chosen[:, 0], config)
+                    found = restatement.shares(query[:, stop - 1], key[:, :stop], chosen[:, -1], config)
                     held = memories[sequence][layer]
                     older = torch.zeros_like(found)
                     older[:, : held.shape[1]] = held

@@ -52,6 +52,7 @@ def test_a_step_notes_the_true_shares_of_what_it_read() -> None:
     q, k, v = tensors(200)
     state = prompt(q, k, v, 190, CONFIG)
     assert state.memory is not None
+    state.memory.zero_()
     result = step(state, q, k, v, 191, CONFIG)
     read = result.selection.indices[0, 0].long()
     torch.testing.assert_close(state.memory[0, 0, read], true_shares(q, k, 191, read))
@@ -99,16 +100,51 @@ def test_a_sequence_without_a_new_token_remembers_as_before() -> None:
     torch.testing.assert_close(memory[1], before[1])
 
 
-def test_a_prompt_leaves_nothing_and_fades_what_was_there() -> None:
+def test_a_prompt_leaves_the_shares_of_its_last_token() -> None:
     q, k, v = tensors(200)
-    state = prompt(q, k, v, 190, CONFIG)
+    state = LayerSketch(CONFIG)
+    result = sketch_walk_attention(q[:, :, :190], k[:, :, :190], v[:, :, :190], CONFIG, state=state, impl="reference")
+    read = result.selection.indices[0, -1].long()
     assert state.memory is not None
-    assert not state.memory.any()
-    step(state, q, k, v, 191, CONFIG)
-    before = state.memory.clone()
-    assert before.any()
-    sketch_walk_attention(q[:, :, 191:194], k[:, :, :194], v[:, :, :194], CONFIG, state=state, impl="reference")
-    torch.testing.assert_close(state.memory[:, :, :12], before[:, :, :12] * 0.9**3)
+    torch.testing.assert_close(state.memory[0, 0, read], true_shares(q, k, 190, read))
+    assert (state.memory > 0).sum() == (read >= 0).sum()
+    before = state.memory[:, :, :12].clone()
+    result = sketch_walk_attention(
+        q[:, :, 190:193], k[:, :, :193], v[:, :, :193], CONFIG, state=state, impl="reference"
+    )
+    read = result.selection.indices[0, -1].long()
+    noted = torch.zeros_like(before)
+    noted[0, 0, read[read < 12]] = true_shares(q, k, 193, read)[read < 12]
+    torch.testing.assert_close(state.memory[:, :, :12], torch.maximum(before * 0.9**3, noted))
+
+
+def test_a_dense_tail_leaves_the_shares_of_every_block() -> None:
+    q, k, v = tensors(200)
+    config = replace(CONFIG, dense_tail_blocks=1)
+    state = prompt(q, k, v, 190, config)
+    assert state.memory is not None
+    torch.testing.assert_close(state.memory[0, 0, :12], true_shares(q, k, 190, torch.arange(12, device=DEVICE)))
+
+
+def test_a_call_without_a_lasting_state_notes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = tensors(100)
+    monkeypatch.setattr("sketch_walk.attention.note_last_token", lambda *_: pytest.fail("nobody reads it"))
+    sketch_walk_attention(q, k, v, CONFIG, impl="reference")
+
+
+@needs_triton
+@pytest.mark.parametrize("head_mode", ["shared", "per_kv_head"])
+def test_prompts_through_kernels_note_the_same(head_mode: str) -> None:
+    config = replace(CONFIG, head_mode=head_mode)
+    q, k, v = tensors(130, batch=2)
+    states = [LayerSketch(config), LayerSketch(config)]
+    for state, impl in zip(states, ("reference", "triton"), strict=True):
+        sketch_walk_attention(q, k, v, config, state=state, impl=impl)
+    expected, found = (state.memory for state in states)
+    assert expected is not None
+    assert found is not None
+    assert expected.any()
+    torch.testing.assert_close(found[..., :9], expected[..., :9], rtol=3e-3, atol=1e-5)
 
 
 def test_slots_beyond_the_sequence_say_nothing() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
-from sketch_walk.layout import Layout, make_layout
+from sketch_walk.layout import Layout, last_token, make_layout
 from sketch_walk.memory import fade, recall
 from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores, step_selection, step_with_triton
 from sketch_walk.selection import BlockSelection, row_counts, select_blocks
@@ -117,6 +117,7 @@ def sketch_walk_attention(
     layout = layout or make_layout(batch, num_queries, key.shape[2], query.device)
     kernels.check_impl(impl)
     with torch.no_grad():
+        lasting = state is not None
         state = LayerSketch(config) if state is None else state
         usual = causal and bias is None and score_with is None
         remembers = usual and config.remembers
@@ -159,7 +160,44 @@ def sketch_walk_attention(
         memory=state.memory if remembers and num_queries == 1 else None,
         impl=impl,
     )
+    if remembers and lasting and num_queries > 1 and state.memory is not None and shared.counts.numel():
+        with torch.no_grad():
+            note_last_token(state.memory, query, key, value, shared, layout, scale, config, impl)
     return SketchWalkOutput(output, selection, rows, used)
+
+
+def note_last_token(
+    memory: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: BlockSelection,
+    layout: Layout,
+    scale: float,
+    config: SketchWalkConfig,
+    impl: str,
+) -> None:
+    """What each sequence's last token of a call of several found counts as a step's: its shares are noted.
+
+    They are those of a step that reads the blocks of the token's row.
+    """
+    last = last_token(layout)
+    row = last.past // config.block_size - layout.first_block(config.block_size)
+    row = row.clamp(0, selection.counts.shape[2] - 1).view(-1, 1, 1)
+    indices, counts = selection
+    at = layout.query_positions((last.past - layout.past)[:, None])
+    kernels.attend(
+        query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])),
+        key,
+        value,
+        indices.gather(2, row[..., None].expand(-1, indices.shape[1], -1, indices.shape[3])),
+        counts.gather(2, row.expand(-1, counts.shape[1], -1)),
+        last,
+        block_size=config.block_size,
+        scale=scale,
+        memory=memory,
+        impl="auto" if impl == "cute" else impl,
+    )
 
 
 def one_step(

@@ -3,7 +3,8 @@
 A sketch of four pooled keys finds the passage that a question is about, but blurs the single token that the next step
 of an answer needs. Attention over the blocks that were read is exact, so each block's true share of it says what the
 sketch could not: it is remembered, `SketchWalkConfig.step_memory` times less with every token, and stands in as the
-block's score where the sketch gives less. Only steps of one token leave shares; a longer call lets the memory fade.
+block's score where the sketch gives less. A longer call lets the memory
+fade and leaves the shares of its last token.
 """
 
 from __future__ import annotations
