@@ -15,7 +15,6 @@ itself, each is timed. Beside them once the sparse attention. Device millisecond
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import multiprocessing
@@ -32,13 +31,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import sketch_walk
 from sketch_walk import SketchWalkConfig, kernels
 from sketch_walk.attention import select
 from sketch_walk.bench import HeadShape, environment, measure
 from sketch_walk.bench.checks import SCORE_TOLERANCE, expect, relative_error, sampled_error, tolerance
 from sketch_walk.bench.inputs import QKV, attend_selection, make_generator, make_qkv, random_selection, row_index
-from sketch_walk.bench.record import timing_dict
+from sketch_walk.bench.record import code_digest, resumed, timing_dict
 from sketch_walk.bench.timing import first_line
 from sketch_walk.evaluation.ablation import read_plan
 from sketch_walk.kernels import triton_peaks, triton_sketch
@@ -68,6 +66,8 @@ CHECKED_ROWS = 4
 # Relative error of the keys that the codes stand for: the kernels rotate in bfloat16, which moves few codes, by one.
 KEY_TOLERANCE = 2e-2
 COMPILING = 0.6
+# What a file must share with a run that goes on from it.
+SAME = ("device", "versions", "code", "shape", "dtype", "tokens", "config", "repeats")
 Row = dict[str, Any]
 
 
@@ -253,21 +253,6 @@ def ready(
     return results
 
 
-def code_digest() -> str:
-    """Of the package, of this file and of the plan."""
-    files = [*sorted(Path(sketch_walk.__file__).parent.rglob("*.py")), Path(__file__), PLAN]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def earlier_file(file: Path | None, result: Row) -> Row:
-    """What a file has that was made by the same code at the same place."""
-    if file is None or not file.is_file():
-        return {}
-    found: Row = json.loads(file.read_text(encoding="utf-8"))
-    same = ("device", "versions", "code", "shape", "dtype", "tokens", "config", "repeats")
-    return found if all(found.get(name) == result[name] for name in same) else {}
-
-
 def named(setting: Setting, default: SketchWalkConfig) -> Row:
     """What a row says of its setting."""
     before, own = default.to_dict(), setting.config.to_dict()
@@ -335,7 +320,7 @@ def main() -> None:
         "(32/8 heads x 128), bfloat16, random tensors",
         "command": "python benchmarks/gpu_curve.py " + " ".join(sys.argv[1:]),
         **environment(torch.device(args.device)).to_dict(),
-        "code": code_digest(),
+        "code": code_digest(Path(__file__), PLAN),
         "plan": f"benchmarks/{PLAN.name}",
         "shape": SHAPE._asdict(),
         "dtype": str(DTYPE).removeprefix("torch."),
@@ -344,7 +329,7 @@ def main() -> None:
         "config": default.to_dict(),
         "repeats": args.repeats,
     }
-    earlier = earlier_file(args.out, result) if args.resume else {}
+    earlier = resumed(args.out, result, SAME) if args.resume else {}
     result |= {name: earlier.get(name, []) for name in ("attention", "results")}
     missing = fill(result, args, begin)
     print(json.dumps(result))

@@ -11,7 +11,6 @@ code, versions and device. The last line is JSON. No accuracy belongs to random 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -24,9 +23,10 @@ from typing import Any
 import torch
 import triton
 
-import sketch_walk
 from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
 from sketch_walk.bench import measure
+from sketch_walk.bench.record import code_digest, resumed
+from sketch_walk.bench.timing import capture
 from sketch_walk.kernels import triton_peaks, triton_sketch
 from sketch_walk.kernels.triton_peaks import PeakLaunch, StepLaunch
 from sketch_walk.layout import Layout, make_layout
@@ -37,6 +37,8 @@ from sketch_walk.state import LayerSketch
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 SCALE = HEAD_DIM**-0.5
+# What a file must share with a run that goes on from it.
+SAME = ("device", "torch", "triton", "code", "repeats")
 VARIANTS = {
     "64x128, 4 warps, 128 registers": PeakLaunch(),
     "64x128, 4 warps, 160 registers, 3 programs": PeakLaunch(max_registers=160, per_processor=3),
@@ -75,16 +77,12 @@ class Stages:
 
     def add_graph(self, name: str, call: Callable[[], Any], steps: int = 20) -> None:
         """Time one call in a CUDA graph of `steps` calls."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+        def several() -> None:
             for _ in range(steps):
                 call()
-        self.add(name, graph.replay, steps, digits=5)
+
+        self.add(name, capture(several, torch.device("cuda")).replay, steps, digits=5)
 
 
 def check(batch: int, heads: int, kv_heads: int, new: int, past: int, dim: int, changes: dict[str, Any]) -> Part:
@@ -229,21 +227,6 @@ def parts(args: argparse.Namespace) -> Iterator[tuple[str, Part, Callable[[], Pa
             yield "decode", name, partial(decode, batch, args.cached, block, args.repeats)
 
 
-def code_digest() -> str:
-    """Of the package and of this file."""
-    files = [*sorted(Path(sketch_walk.__file__).parent.rglob("*.py")), Path(__file__)]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
-
-
-def earlier_parts(file: Path | None, result: Part) -> dict[str, list[Part]]:
-    """What a file has that was made by the same code at the same place."""
-    if file is None or not file.is_file():
-        return {}
-    found = json.loads(file.read_text())
-    same = ("device", "torch", "triton", "code", "repeats")
-    return found if all(found.get(name) == result[name] for name in same) else {}
-
-
 def main() -> None:
     """Check, time, write."""
     start = time.monotonic()
@@ -264,13 +247,13 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "code": code_digest(),
+        "code": code_digest(Path(__file__)),
         "repeats": args.repeats,
         "checks": [],
         "prefill": [],
         "decode": [],
     }
-    earlier = earlier_parts(args.out, result) if args.resume else {}
+    earlier = resumed(args.out, result, SAME) if args.resume else {}
     missing = 0
     for kind, name, make in parts(args):
         row = next((old for old in earlier.get(kind, []) if old.items() >= name.items()), None)

@@ -1267,8 +1267,8 @@ def generation() -> str:
     ]
     text = (
         f"Right answers: {data['what']}, prompts of {data['tokens']:,} tokens, seeds {data['seeds']}; {data['model']}, "
-        f"{data['device']}. Source: `benchmarks/results/{GENERATION}`."
-    )
+        f"{data['device']}. {config_note(data['config'])} "
+    ).strip() + f" Source: `benchmarks/results/{GENERATION}`."
     return wrapped(text) + "\n\n" + table(("attention", "sparse", "block density", *tasks, "all"), body, left=2)
 
 
@@ -1306,8 +1306,8 @@ def answers() -> str:
         f"{', '.join(f'{error:.1f}' for error in errors)} points), "
         f"{len(rows['dense']['continuation_nll'])} continuations of {data['new_tokens']} tokens. Accuracy, in brackets "
         "points against dense steps after the same prompts, and the NLL; last the NLL of dense's own continuation. "
-        f"{config_note(data['config'])} Source: `benchmarks/results/{ANSWERS}`."
-    )
+        f"{config_note(data['config'])} "
+    ).strip() + f" Source: `benchmarks/results/{ANSWERS}`."
     head = ("prompt: steps", "read by a prompt", "by a step", *(x for task in tasks for x in (task, "NLL")), "prose")
     return wrapped(text) + "\n\n" + table(head, body)
 

@@ -38,7 +38,7 @@ from sketch_walk.bench.inputs import make_generator, make_qkv, random_selection
 from sketch_walk.bench.memory import LiveBytes, founding_bytes, num_rows, peak_of
 from sketch_walk.bench.model import REGISTERED, ModelOptions, dense_model, head_shape, run_model
 from sketch_walk.bench.random_model import LlamaShape, random_llama
-from sketch_walk.bench.record import compare, environment, resolve_device
+from sketch_walk.bench.record import code_digest, compare, environment, resolve_device, resumed
 from sketch_walk.bench.stages import StageRow
 from sketch_walk.bench.timing import NotCapturableError, capture
 from sketch_walk.cli import main
@@ -762,3 +762,17 @@ def test_operations_count_causal_pairs() -> None:
     assert bench_attention._operations(case, 1.0) == 4 * 4 * 32 * 10
     case = bench_attention.make_case(SMALL, "decode", 3, 5)
     assert bench_attention._operations(case, 0.5) == 3 * 4 * 4 * 32 * 4 / 2
+
+
+def test_a_run_goes_on_from_a_file_of_the_same_code(tmp_path: Path) -> None:
+    script, file = tmp_path / "script.py", tmp_path / "times.json"
+    script.write_text("first", encoding="utf-8")
+    header = {"code": code_digest(script), "repeats": 5}
+    assert resumed(None, header, ("code",)) == resumed(file, header, ("code",)) == {}
+    file.write_text(json.dumps({**header, "rows": [1]}), encoding="utf-8")
+    assert resumed(file, header, ("code", "repeats"))["rows"] == [1]
+    script.write_text("second", encoding="utf-8")
+    later = {"code": code_digest(script), "repeats": 5}
+    assert later["code"] != header["code"]
+    assert resumed(file, later, ("code", "repeats")) == {}
+    assert resumed(file, later, ("repeats",))["rows"] == [1]

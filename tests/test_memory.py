@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sketch_walk import SketchWalkConfig, sketch_walk_attention
-from sketch_walk.layout import make_layout
+from sketch_walk.layout import Layout, make_layout
 from sketch_walk.memory import fade, recall
 from sketch_walk.state import LayerSketch
 
@@ -78,10 +78,15 @@ def test_what_was_useful_is_read_again_and_fades() -> None:
     assert found.memory[0, 0, unread[0]] < 0.9**9 + 0.2
 
 
-def test_every_new_token_fades_the_memory_of_its_own_sequence() -> None:
+def one_short(new: int) -> Layout:
+    """Two sequences of 40 positions, `new` of them the call's; the last one of the second sequence is padding."""
     valid = torch.ones(2, 40, dtype=torch.bool)
     valid[1, 39:] = False
-    layout = make_layout(2, 3, 40, torch.device("cpu"), valid=valid)
+    return make_layout(2, new, 40, torch.device("cpu"), valid=valid)
+
+
+def test_every_new_token_fades_the_memory_of_its_own_sequence() -> None:
+    layout = one_short(3)
     memory = torch.rand(2, 1, 4)
     before = memory.clone()
     fade(memory, layout, CONFIG)
@@ -90,9 +95,7 @@ def test_every_new_token_fades_the_memory_of_its_own_sequence() -> None:
 
 
 def test_a_sequence_without_a_new_token_remembers_as_before() -> None:
-    valid = torch.ones(2, 40, dtype=torch.bool)
-    valid[1, 39:] = False
-    layout = make_layout(2, 1, 40, torch.device("cpu"), valid=valid)
+    layout = one_short(1)
     memory = torch.rand(2, 1, 4)
     before = memory.clone()
     recall(memory, torch.zeros(2, 1, 1, 3), layout, CONFIG)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sketch_walk import SketchWalkAttention, create_sketch_walk_config, sketch_walk_attention
+from sketch_walk.bench.timing import capture
 from sketch_walk.extras import MissingExtraError
 from sketch_walk.kernels import attend, available, check_impl
 from sketch_walk.kernels.dense import attend_filled
@@ -404,21 +405,14 @@ def test_a_decode_step_is_captured_in_a_graph(page_size: int | None) -> None:
         return attend_paged(query, pages[0], pages[1], table, indices, counts, length, 64, 0.125)
 
     length.fill_(620)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
-    graph.replay()
+    replay, output = capture(step, query.device)
+    replay()
     torch.testing.assert_close(output, step(), atol=0, rtol=0)
     query.normal_()
     length.fill_(1000)
     indices[:, 0, 0] = torch.tensor([[0, 3, 9, 15], [7, 15, -1, -1]], dtype=torch.int32, device=DEVICE)
     counts[:, 0, 0] = torch.tensor([4, 2], dtype=torch.int32, device=DEVICE)
-    graph.replay()
+    replay()
     torch.testing.assert_close(output, step(), atol=0, rtol=0)
     exact = attend_reference(
         query.float(), key.float(), value.float(), indices, counts, layout, block_size=64, scale=0.125

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sketch_walk import create_sketch_walk_config, sketch_walk_attention
+from sketch_walk.bench.timing import capture
 from sketch_walk.kernels import available
 from sketch_walk.layout import make_layout
 from sketch_walk.scoring import absorb_keys
@@ -113,14 +114,7 @@ def test_layers_of_a_graph_are_the_same_bits(block: int, tokens: int, monkeypatc
     real = triton_tiles._overlaps
     for overlaps in (real, lambda index: False):
         monkeypatch.setattr(triton_tiles, "_overlaps", overlaps)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            runs.append((graph, step()))
+        runs.append(capture(step, key.device))
     memories = [state.memory for state in states if state.memory is not None]
     assert len(memories) == len(states)
     for end in range(tokens - 20, tokens + 1):
@@ -132,9 +126,9 @@ def test_layers_of_a_graph_are_the_same_bits(block: int, tokens: int, monkeypatc
         found = []
         held = [torch.rand_like(memory) * 1e-2 for memory in memories]
         # The overlapping launches first: the others leave nothing to wait for. Each remembers the same beforehand.
-        for graph, result in runs:
+        for replay, result in runs:
             for memory, before in zip(memories, held, strict=True):
                 memory.copy_(before)
-            graph.replay()
+            replay()
             found.append([x.clone() for x in (*result, *memories)])
         assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

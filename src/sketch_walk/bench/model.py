@@ -370,6 +370,7 @@ def _step(
     cache.early_initialization(batch, shape.kv_heads, shape.head_dim, options.dtype, options.device)
     filled = tokens - 2
     heads = torch.empty(batch, shape.heads, 1, shape.head_dim, dtype=options.dtype, device=options.device)
+    memories = []
     for layer in cache.layers:
         layer.keys.normal_(generator=generator)
         layer.values.normal_(generator=generator)
@@ -378,9 +379,9 @@ def _step(
         if sketch is not None:
             keys = layer.keys[:, :, :filled]
             absorb_keys(sketch, keys, make_layout(batch, filled, filled, options.device), heads)
+            if sketch.memory is not None:
+                memories.append(sketch.memory)
     counters = [layer.cumulative_length for layer in cache.layers]
-    sketches = [layer.sketch for layer in cache.layers if hasattr(layer, "sketch")]
-    memories = [sketch.memory for sketch in sketches if sketch.memory is not None]
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab, (batch, 1), device=options.device, generator=generator)
     visible = {} if config is not None else {VISIBLE: filled + 1}

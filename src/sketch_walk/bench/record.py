@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +84,20 @@ class Row:
         if self.timing is not None:
             values |= timing_dict(self.timing)
         return values
+
+
+def code_digest(*files: Path) -> str:
+    """Of the package's modules and of `files`: what times were measured with."""
+    package = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in (*package, *files))).hexdigest()[:16]
+
+
+def resumed(file: Path | None, header: dict[str, Any], same: Sequence[str]) -> dict[str, Any]:
+    """What a JSON file holds already, if its fields `same` are those of `header`; else nothing."""
+    if file is None or not file.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found if all(found.get(name) == header[name] for name in same) else {}
 
 
 def timing_dict(timing: Timing) -> dict[str, Any]:

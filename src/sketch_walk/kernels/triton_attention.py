@@ -44,18 +44,17 @@ def attend_selected(
         # The running maximum of the logits is that of the products.
         query, scale = -query, -scale
     gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    output = None
-    if query.shape[2] == 1 and not (gradients and memory is None):
-        with torch.set_grad_enabled(False):
+    if query.shape[2] == 1 and (memory is not None or not gradients):
+        with torch.no_grad():
             output = decode(
                 query, key, value, indices, counts, layout.length, block_size, scale,
                 table=layout.key_index, memory=memory, past=layout.past,
             )  # fmt: skip
+        if not gradients:
+            return output
     if gradients:
-        # The backward pass has a forward pass of its own.
+        # The backward pass has a forward pass of its own; what a step remembers is noted above.
         return SelectedAttention.apply(query, key, value, indices, counts, layout, block_size, scale)
-    if output is not None:
-        return output
     return prefill(query, key, value, indices, counts, layout, block_size, scale)
 
 
