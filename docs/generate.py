@@ -43,7 +43,7 @@ from sketch_walk.evaluation.ablation import read_plan
 from sketch_walk.kernels import flash_cute
 from sketch_walk.kernels.dense import FASTEST_FROM
 from sketch_walk.plots import Curve, Point, plot_quality_against_time, plot_speed_up_against_length
-from sketch_walk.sketch import feature_width, payload_size
+from sketch_walk.sketch import feature_width, outline_size
 
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "benchmarks" / "results"
@@ -1473,9 +1473,9 @@ def _described_fields(doc: str) -> Iterable[tuple[str, tuple[str, str]]]:
 
 
 def step_bytes(tokens: int, config: SketchWalkConfig, shape: ModelShape) -> int:
-    """Bytes of key sketches that a decode step reads: the upper half of every block's codes, and its step size."""
-    half = payload_size(feature_width(shape.head_dim, config), config) // 2
-    return math.ceil(tokens / config.block_size) * shape.kv_heads * (half + SKETCH_SCALE_BYTES)
+    """Bytes of key sketches that a decode step reads: every block's mean codes, outlines, step size and bound."""
+    read = outline_size(feature_width(shape.head_dim, config), config)
+    return math.ceil(tokens / config.block_size) * shape.kv_heads * (read + SKETCH_SCALE_BYTES)
 
 
 def state_bytes() -> str:

@@ -54,7 +54,7 @@ SHAPE = {
 # The default rule: sub-blocks of 4, half of the sub-queries, every coordinate of a head.
 PER_BLOCK, KEPT = BLOCK // 4, BLOCK // 8
 PACKED = {
-    "PER_BLOCK": PER_BLOCK, "HALF": HEAD_DIM // 2, "PADDED_HALF": HEAD_DIM // 2, "COLUMNS": HEAD_DIM,
+    "PER_BLOCK": PER_BLOCK, "QUARTER": HEAD_DIM // 4, "PADDED_QUARTER": HEAD_DIM // 4, "COLUMNS": HEAD_DIM,
 }  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def decode(target: Target, padded: bool) -> int:
 def sketch(target: Target, padded: bool) -> int:
     """Keys and queries, sketched, of a prompt and of a decode step."""
     own = {
-        **triton_sketch._halves(HEAD_DIM), "KEPT": KEPT, "COLUMNS": HEAD_DIM, "LANES": 16, "GROUP": HEADS // KV_HEADS,
+        **triton_sketch._quarters(HEAD_DIM), "KEPT": KEPT, "COLUMNS": HEAD_DIM, "LANES": 16, "GROUP": HEADS // KV_HEADS,
         "UNROLL": 4, "INDEXED": padded, **({} if padded else {"key_index": None, "query_index": None}),
     }  # fmt: skip
     size = 0
@@ -180,9 +180,9 @@ def peaks(target: Target, per_head: bool) -> int:
     }  # fmt: skip
     limit = {} if hip or launch.max_registers is None else {"maxnreg": launch.max_registers}
     unpack = {**PACKED, "TILE_BLOCKS": tile_blocks}
+    step_blocks = triton_peaks.StepLaunch().sub_keys // PER_BLOCK
     step = {
-        **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": triton_peaks.StepLaunch().sub_keys // PER_BLOCK,
-        "KEY_SUB": 4, "WIDEN": False, "ASM": not hip,
+        **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": step_blocks, "MEANS": max(16, step_blocks), "KEY_SUB": 4, "WIDEN": False, "ASM": not hip,
     }  # fmt: skip
     return (
         compile_for(triton_peaks._peaks, constants, target, launch.num_warps, launch.num_stages, **limit)

@@ -58,10 +58,15 @@ STEP_OF_RMS = 3.2 / 128
 
 @dataclass
 class Stored:
-    """Key sketches of one sequence as later calls read them: all bits, and what a single query reads."""
+    """Key sketches of one sequence as later calls read them: all bits, and the outline that a single query reads.
+
+    `low`, `high`: the least and the greatest storable value of each coordinate; None where nothing is clipped.
+    """
 
     full: Tensor
-    upper: Tensor
+    outline: Tensor
+    low: Tensor | None = None
+    high: Tensor | None = None
 
 
 @dataclass
@@ -88,14 +93,24 @@ def storage_step(sketch: Tensor, config: SketchWalkConfig, dtype: torch.dtype) -
 
 
 def store(sketch: Tensor, config: SketchWalkConfig) -> Stored:
-    """Rounding of key sketches (heads, sub_keys, width) to 8 bits. A single query reads the upper four: the middle of
-    the sixteen numbers that begin with them.
+    """Rounding of key sketches (heads, sub_keys, width) to 8 bits.
+
+    A code lies at most 64 steps beyond the root mean square, in whole steps, of its block's distances from their mean
+    code. A single query knows of it which side of the mean it is on, and whether within that root mean square.
     """
     if config.key_sketch_bits == 16:
         return Stored(sketch, sketch)
     step = storage_step(sketch, config, torch.float64).clamp(min=1e-300)
     code = (sketch / step).round().clamp(-128, 127)
-    return Stored(code * step, ((code / 16).floor() * 16 + 7.5) * step)
+    parts = []
+    for run in code.split(config.block_size // config.key_sub_block, 1):
+        mean = (run.mean(1, keepdim=True) + 0.5).floor()
+        bound = ((run - mean).square().mean((1, 2), keepdim=True).sqrt() + 0.5).floor().clamp(1, 64)
+        low, high = (mean - bound - 64).clamp(min=-128), (mean + bound + 63).clamp(max=127)
+        level = torch.where((run >= mean + bound) | (run < mean - bound), 1.5, 0.5) * bound
+        outline = mean + torch.where(run >= mean, level, -level)
+        parts.append([x.expand_as(run) for x in (run.clamp(low, high), outline, low, high)])
+    return Stored(*(torch.cat(part, 1) * step for part in zip(*parts, strict=True)))
 
 
 def logit_scale(dim: int, scale: float, config: SketchWalkConfig) -> float:
@@ -320,7 +335,7 @@ def run_call(
         if settle is not None:
             own = settle(layer, start, own)
             of_all = None if of_all is None else settle(layer, 0, of_all)
-        keys = stored.upper if stop - start == 1 else stored.full
+        keys = stored.outline if stop - start == 1 else stored.full
         scores = block_scores(own, keys, config, factor, causal)
         if memories is not None and stop - start == 1:
             held = memories[layer][:, :num_blocks]

@@ -546,7 +546,7 @@ def test_a_bench_file_of_another_rule_says_so(generate: ModuleType) -> None:
     assert "**Measured with an earlier default**: with `salience=0.0`, and before there were `query_contrast`." in text
 
 
-def test_a_decode_step_reads_half_of_the_codes_and_all_scales(generate: ModuleType) -> None:
+def test_a_decode_step_reads_means_outlines_and_all_scales(generate: ModuleType) -> None:
     config, tokens = SketchWalkConfig(), 4096
     state = LayerSketch(config)
     state.allocate(1, (3, payload_size(64, config)), (9, 64), torch.bfloat16, torch.device("cpu"))
@@ -554,7 +554,8 @@ def test_a_decode_step_reads_half_of_the_codes_and_all_scales(generate: ModuleTy
     codes, scales = state.read_keys(tokens // config.block_size)
     assert scales is not None
     shape = ModelShape(heads=9, kv_heads=3, head_dim=64)
-    assert generate.step_bytes(tokens, config, shape) == codes.nbytes // 2 + scales.nbytes
+    # 20 of a block's 68 quarters: its mean has four, the outlines of 16 sub-keys one each.
+    assert generate.step_bytes(tokens, config, shape) == codes.nbytes * 20 // 68 + scales.nbytes
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

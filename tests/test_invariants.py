@@ -540,12 +540,13 @@ def test_9_peak_memory_of_a_decode_step() -> None:
     assert meter.most_elements <= TOKENS * 64
 
 
-@pytest.mark.parametrize(("walk", "most"), [("none", 0.064), ("damped", 0.14)])
+@pytest.mark.parametrize(("walk", "most"), [("none", 0.068), ("damped", 0.14)])
 @pytest.mark.parametrize("tokens", [8000, 65536])
 def test_9_persistent_state_is_a_small_share_of_the_cache(tokens: int, walk: str, most: float) -> None:
     """9/3 heads of 64 in bfloat16; at 64K tokens too the state is a few MB per layer, as promised.
 
-    A byte for each coordinate of one sketched key in four is a sixteenth of keys and values of two bytes each.
+    A byte for each coordinate of one sketched key in four is a sixteenth of keys and values of two bytes each; means of
+    blocks of 16 sub-keys are a sixteenth of that.
     """
     config = SketchWalkConfig(skip_first_n_layers=0, walk=walk)
     sketch = LayerSketch(config)

@@ -40,33 +40,44 @@ def test_parts_of_a_state_with_a_walk() -> None:
     sketch = fed(50)
     assert sketch.num_blocks == 4
     codes, scales = sketch.read_keys(4)
-    # Four sub-keys to a block, 32 coordinates each, in two planes of four bits.
-    assert codes.shape == (2, 2, 4, 4 * 32)
+    # Four sub-keys to a block and their mean, a byte for each of 32 coordinates.
+    assert codes.shape == (2, 2, 4, 5 * 32)
     assert codes.dtype == torch.uint8
     assert scales is not None
-    assert scales.shape == (2, 2, 4, 1)
+    assert scales.shape == (2, 2, 4, 2)
     assert scales.dtype == torch.float32
     assert sketch.read_rows(4).shape == (2, 1, 4, 4)
     assert sketch.ring is not None
     assert sketch.ring.shape == (2, 4, SIZE + ROLLBACK + 1, 32)
 
 
-def stored_codes(sketch: LayerSketch, blocks: int, width: int) -> Tensor:
-    """Codes -128 ... 127 from the documented layout: offset by 128, upper four bits first, two coordinates a byte."""
-    codes = sketch.read_keys(blocks)[0].int()
-    planes = codes.view(*codes.shape[:3], 2, SIZE // sketch.config.key_sub_block, (width + 1) // 2)
-    upper, lower = torch.cat([planes % 16, planes // 16], -1)[..., :width].unbind(3)
-    return 16 * upper + lower - 128
+def stored_codes(sketch: LayerSketch, blocks: int, width: int) -> tuple[Tensor, Tensor]:
+    """Codes and outlines from the documented layout: mean codes plus 128, then four planes of two bits.
+
+    Four coordinates to a byte of a plane, a quarter of the width apart; the first plane tells the side of the mean and
+    whether beyond the bound, the others how far.
+    """
+    codes, scales = sketch.read_keys(blocks)
+    assert scales is not None
+    quarter, sub_keys = -(-width // 4), SIZE // sketch.config.key_sub_block
+    mean = codes[:, :, :, None, :width].int() - 128
+    planes = codes[..., 4 * quarter :].int().view(*codes.shape[:3], 4, sub_keys, quarter)
+    bits = torch.cat([planes // 4**i % 4 for i in range(4)], -1)[..., :width]
+    side, away = bits[:, :, :, 0], 16 * bits[:, :, :, 1] + 4 * bits[:, :, :, 2] + bits[:, :, :, 3]
+    bound = scales[..., 1].int()[..., None, None]
+    away = torch.where((side == 0) | (side == 3), away + bound, away)
+    return mean + torch.where(side < 2, -1 - away, away), mean + (side - 1.5) * bound
 
 
 @pytest.mark.parametrize("width", [32, 17, 4])
 def test_codes_are_multiples_of_the_blocks_step(width: int) -> None:
-    """One step per block and head: 3.2 root mean squares are 128 steps."""
+    """One step per block and head: 3.2 root mean squares are 128 steps. Outlines tell the side and whether beyond."""
     config = replace(CONFIG, sketch_dim=width, salience=0.0)
     query, key, value = qkv(2, 4, 2, 50, 32)
     sketch = LayerSketch(config)
     sketch_walk_attention(query, key, value, config, state=sketch)
-    codes, scales = stored_codes(sketch, 4, width), sketch.read_keys(4)[1]
+    codes, outlines = stored_codes(sketch, 4, width)
+    scales = sketch.read_keys(4)[1]
     assert scales is not None
     transform = HadamardTransform(32, width)
     means = [transform(run.mean(2).double()) for run in key.split(4, 2)]
@@ -76,7 +87,17 @@ def test_codes_are_multiples_of_the_blocks_step(width: int) -> None:
         torch.testing.assert_close(scales[:, :, block, 0].double(), step, rtol=1e-5, atol=0)
         expected = (sub_keys / step[..., None, None]).clamp(-128, 127)
         # The last block has one sub-key of two tokens; nothing is known of the others.
-        assert (codes[:, :, block, : sub_keys.shape[2]] - expected).abs().max() <= 0.5001
+        found, seen = (x[:, :, block, : sub_keys.shape[2]] for x in (codes, outlines))
+        mean = (found.double().mean(2, keepdim=True) + 0.5).floor()
+        bound = scales[:, :, block, 1, None, None].double()
+        # What lies 64 steps beyond the bound is clipped.
+        expected = torch.maximum(torch.minimum(expected, mean + bound + 63), mean - bound - 64)
+        assert (found - expected).abs().max() <= 0.5001
+        spread = (found - mean).square().mean((2, 3), keepdim=True).sqrt()
+        assert (bound - spread.clamp(min=1)).abs().max() <= 1.5
+        apart = found - mean
+        level = torch.where((apart >= bound) | (apart < -bound), 1.5, 0.5) * torch.where(apart >= 0, 1, -1)
+        torch.testing.assert_close(seen.double(), mean + level * bound)
 
 
 def test_codes_use_their_range_and_clip_what_lies_beyond() -> None:
@@ -84,9 +105,10 @@ def test_codes_use_their_range_and_clip_what_lies_beyond() -> None:
     key[:, :, 4:8] *= 100
     sketch = LayerSketch(replace(CONFIG, use_srht=False))
     sketch_walk_attention(query, key, value, sketch.config, state=sketch)
-    codes = stored_codes(sketch, 3, 32)
+    codes, outlines = stored_codes(sketch, 3, 32)
     assert codes[:, :, 0].min() == -128
     assert codes[:, :, 0].max() == 127
+    assert outlines[:, :, 0, 1].abs().min() > outlines[:, :, 0, [0, 2, 3]].abs().amax(2).median()
     assert codes[:, :, 0, [0, 2, 3]].abs().max() <= 5, "beside a loud sub-key the others of its block lose their digits"
     assert codes[:, :, 1:].abs().amax((2, 3, 4)).min() >= 64
 

@@ -449,7 +449,7 @@ def key_codes(sketch: LayerSketch, blocks: int) -> Tensor:
     """8-bit codes of the first blocks' key sketches, (batch, heads, blocks, sub_keys, width)."""
     stored, config = KeySketch(*sketch.read_keys(blocks)), sketch.config
     per_block = config.block_size // config.key_sub_block
-    return stored.unpack(per_block, stored.codes.shape[-1] // per_block)[0]
+    return stored.unpack(per_block, stored.codes.shape[-1] // (1 + per_block))[0]
 
 
 def sketches(cache: Any) -> dict[int, LayerSketch]:

@@ -17,8 +17,8 @@ PROMISED_STATE_TOKENS = 65_536
 PROMISED_STATE_BYTES = 5_500_000
 # Queries kept beyond one block, so that a rejected draft can be taken back.
 QUERY_RING_SPARE = 32
-# One float32 step size per block and head.
-SKETCH_SCALE_BYTES = 4
+# A step size and a bound, float32, per block and head.
+SKETCH_SCALE_BYTES = 8
 
 
 class ModelShape(NamedTuple):

@@ -86,7 +86,7 @@ def absorb_keys(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor, 
     first = layout.first_block(size)
     per_block = size // config.key_sub_block
     # A run's keys in float32, their means before and after the rotation, and what quantising them takes.
-    bytes_per_block = key.shape[0] * key.shape[1] * key.shape[3] * 4 * (size + 4 * per_block)
+    bytes_per_block = key.shape[0] * key.shape[1] * key.shape[3] * 4 * (size + 8 * per_block)
     run = max(1, slice_bytes(key, key) // bytes_per_block)
     for lo in range(0, total, run):
         index = first[:, None] + torch.arange(lo, min(lo + run, total), device=key.device)
@@ -104,7 +104,7 @@ def call_scores(
 ) -> Float[Tensor, "batch selections rows blocks"]:
     """Block scores for the call's query blocks, from the call's queries; worked in slices of rows.
 
-    A call of one query per sequence reads the upper four bits of 8-bit key sketches, half of what is stored.
+    A call of one query per sequence reads the outlines of 8-bit key sketches, a fourth of what is stored.
     """
     config, size = state.config, state.config.block_size
     batch, heads, num_queries, head_dim = query.shape
@@ -130,7 +130,7 @@ def call_scores(
     scores = query.new_zeros(shape, dtype=torch.float32)
     least, most = layout.first_block_range(size)
     per_block = size // config.key_sub_block
-    keys = sketch.dequantise(per_block, width, upper_only=num_queries == 1)
+    keys = sketch.dequantise(per_block, width, outline=num_queries == 1)
     kept = config.kept_sub_queries(1 if num_queries == 1 else size // config.query_sub_block)
     bytes_per_row = batch * sketched_heads(heads, config) * kept * blocks * per_block * 4
     step = max(1, slice_bytes(query, query, query) // max(1, bytes_per_row))

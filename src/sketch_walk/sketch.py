@@ -12,14 +12,18 @@ from sketch_walk.config import SketchWalkConfig
 from sketch_walk.hadamard import sketch_matrix, sketch_width
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float, Int, Shaped
 
 # Codes of keys cover this many root mean squares of their block on either side; what lies beyond is clipped. After the
-# rotation coordinates are close to normal, so that the upper four bits alone are close to the best four-bit code.
+# rotation coordinates are close to normal.
 CLIP = 3.2
 KEY_LEVELS = 128
-# Added to a code's upper four bits, times 16, when the lower four are not read: the middle of what they can be.
-MIDDLE = 7.5
+# Codes are kept as differences from their block's mean, in bytes: which side of the mean, whether beyond the block's
+# bound, and how far, in steps up to this one. A bound above it would leave differences without a byte.
+FARTHEST = 63
+MOST_BOUND = FARTHEST + 1
+# Planes of two bits that the bytes of codes are stored in.
+PLANES = 4
 # Codes of queries are symmetric: -127 ... 127.
 LARGEST_CODE = 127.0
 # Below any exp() that float32 keeps; finite, so that a row without keys gives no NaN.
@@ -29,37 +33,48 @@ MASKED = -1e30
 class KeySketch(NamedTuple):
     """Sketched keys as they are stored, one row per block.
 
+    With 8 bits a sub-key's code is kept as its difference from the mean code of the block, which is what tells the
+    block's sub-keys apart: in one byte, side of the mean (1 bit), beyond the block's bound or not (1), steps from the
+    mean or from the bound (6). Side and bound alone are an outline of the code, nearly the best of two bits, for the
+    bound is the root mean square of the differences: a decode step reads means and outlines, a fourth of the bytes.
+
     Parameters
     ----------
     codes : torch.Tensor
-        Shape (..., blocks, payload). With 8 bits: uint8, codes plus 128, first the upper four bits of every coordinate
-        of the block's sub-keys, then the lower four, so that a decode step reads the first half alone; a byte holds
-        coordinate i in its lower and coordinate i + width / 2 in its upper half. Else the values themselves, sub-key
-        after sub-key.
+        Shape (..., blocks, payload). With 8 bits: uint8, first the mean codes plus 128, then the bytes of all sub-keys
+        in four planes of two bits each, the outlines first; a byte of a plane holds the bits of coordinates i,
+        i + quarter, i + 2 quarter and i + 3 quarter, from its lowest bits up, with quarter = `quarter_width`. Else the
+        values themselves, sub-key after sub-key.
     scales : torch.Tensor, optional
-        float32, shape (..., blocks, 1): one step size per block; None with 16 bits.
+        float32, shape (..., blocks, 2): step size of the block's codes, and its bound in steps; None with 16 bits.
     """
 
     codes: Tensor
     scales: Tensor | None
 
     def unpack(
-        self, per_block: int, width: int, upper_only: bool = False
+        self, per_block: int, width: int, outline: bool = False
     ) -> tuple[Float[Tensor, "... blocks per_block width"], Float[Tensor, "... blocks 1"] | None]:
-        """Codes as float32 (whole numbers with 8 bits) and scales; `upper_only` reads the upper four bits alone."""
+        """Codes as float32 (whole numbers with 8 bits) and step sizes; `outline` reads the first plane alone."""
         if self.scales is None:
             return self.codes.unflatten(-1, (per_block, width)).float(), None
-        half = packed_width(width)
-        upper, lower = self.codes.unflatten(-1, (2, per_block, half)).unbind(-3)
-        # Nibbles of the code plus 128.
-        codes = torch.cat([upper & 15, upper >> 4], -1)[..., :width].float().mul_(16).sub_(KEY_LEVELS)
-        codes += MIDDLE if upper_only else torch.cat([lower & 15, lower >> 4], -1)[..., :width]
-        return codes, self.scales
+        steps, bound = self.scales[..., :1], self.scales[..., None, 1:]
+        quarter = quarter_width(width)
+        mean = (self.codes[..., None, :width] ^ KEY_LEVELS).view(torch.int8)
+        planes = self.codes[..., PLANES * quarter :].unflatten(-1, (PLANES, per_block, quarter)).unbind(-3)
+        if outline:
+            side = _coordinates(planes[:1], width).float()
+            return side.sub_(1.5).mul_(bound).add_(mean), steps
+        # All of it fits 8 bits, where whole caches are read: a bitwise not is -1 less the number.
+        stored = _coordinates(planes, width)
+        away, side = (stored & FARTHEST).view(torch.int8), stored >> 6
+        away += ((side == 0) | (side == 3)) * bound.to(torch.int8)
+        return torch.where(side >= 2, away, ~away).add_(mean).float(), steps
 
-    def dequantise(self, per_block: int, width: int, upper_only: bool = False) -> Float[Tensor, "... sub_keys width"]:
+    def dequantise(self, per_block: int, width: int, outline: bool = False) -> Float[Tensor, "... sub_keys width"]:
         """Sketched sub-keys in float32."""
-        codes, scales = self.unpack(per_block, width, upper_only)
-        return (codes if scales is None else codes.mul_(scales[..., None])).flatten(-3, -2)
+        codes, steps = self.unpack(per_block, width, outline)
+        return (codes if steps is None else codes.mul_(steps[..., None])).flatten(-3, -2)
 
 
 class QuerySketch(NamedTuple):
@@ -78,15 +93,21 @@ class QuerySketch(NamedTuple):
     last_rank: Tensor
 
 
-def packed_width(width: int) -> int:
-    """Bytes that hold four bits each of `width` coordinates."""
-    return (width + 1) // 2
+def quarter_width(width: int) -> int:
+    """Bytes that hold two bits each of `width` coordinates."""
+    return -(-width // PLANES)
 
 
 def payload_size(width: int, config: SketchWalkConfig) -> int:
     """Entries of a block's codes: bytes with 8 bits, else values."""
     per_block = config.block_size // config.key_sub_block
-    return per_block * (2 * packed_width(width) if config.key_sketch_bits == 8 else width)
+    return PLANES * quarter_width(width) * (1 + per_block) if config.key_sketch_bits == 8 else per_block * width
+
+
+def outline_size(width: int, config: SketchWalkConfig) -> int:
+    """Leading entries of a block's codes that a decode step reads: means and outlines with 8 bits, else everything."""
+    per_block = config.block_size // config.key_sub_block
+    return quarter_width(width) * (PLANES + per_block) if config.key_sketch_bits == 8 else per_block * width
 
 
 def sketched_heads(num_heads: int, config: SketchWalkConfig) -> int:
@@ -188,24 +209,57 @@ def quantise_keys(
     config: SketchWalkConfig,
     dtype: torch.dtype,
 ) -> KeySketch:
-    """Key sketches of whole blocks as they are stored: codes of 8 bits with one scale per block, or `dtype`.
+    """Key sketches of whole blocks as they are stored: codes of 8 bits with one step size per block, or `dtype`.
 
-    After the rotation no coordinate stands out, so one scale for all of a block is enough. Sub-keys without a real
-    token are zeros and do not count towards it.
+    After the rotation no coordinate stands out, so one step size for all of a block is enough. Sub-keys without a real
+    token are zeros and count neither towards it nor towards the block's mean and bound.
     """
     if config.key_sketch_bits == 16:
         return KeySketch(sketch.flatten(-2).to(dtype), None)
-    width = sketch.shape[-1]
-    count = real.sum(-1, keepdim=True).clamp(min=1) * width
-    spread = (sketch.square().sum((-2, -1), keepdim=True)[..., 0] / count).sqrt()
-    scales = (spread * (CLIP / KEY_LEVELS)).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = (sketch / scales[..., None]).round_().clamp_(-KEY_LEVELS, KEY_LEVELS - 1).to(torch.int16) + KEY_LEVELS
-    if width % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    first, second = codes.to(torch.uint8).chunk(2, -1)
-    upper = (first >> 4) | (second & 240)
-    lower = (first & 15) | ((second & 15) << 4)
-    return KeySketch(torch.stack([upper, lower], -3).flatten(-3), scales)
+    count = real.sum(-1, keepdim=True).clamp(min=1)[..., None]
+    entries = count * sketch.shape[-1]
+    spread = (sketch.square().sum((-2, -1), keepdim=True) / entries).sqrt()
+    steps = (spread * (CLIP / KEY_LEVELS)).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (sketch / steps).round_().clamp_(-KEY_LEVELS, KEY_LEVELS - 1).to(torch.int16)
+    counted = real[..., None]
+    mean = _rounded((codes * counted).sum(-2, keepdim=True) / count)
+    apart = codes - mean
+    squares = (apart * counted).int().square_().sum((-2, -1), keepdim=True)
+    bound = _rounded((squares / entries).sqrt()).clamp_(1, MOST_BOUND)
+    below = apart < 0
+    away = torch.where(below, -1 - apart, apart)
+    beyond = (away >= bound).to(torch.int16)
+    away = (away - beyond * bound).clamp_(max=FARTHEST)
+    outline = torch.where(below, 1 - beyond, 2 + beyond)
+    spare = (0, -sketch.shape[-1] % PLANES)
+    means = nn.functional.pad(mean + KEY_LEVELS, spare, value=KEY_LEVELS).to(torch.uint8).flatten(-2)
+    planes = _packed(nn.functional.pad(outline << 6 | away, spare, value=KEY_LEVELS).to(torch.uint8))
+    return KeySketch(torch.cat([means, planes], -1), torch.cat([steps, bound], -1).squeeze(-2).float())
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Whole numbers, halves upwards."""
+    return x.add_(0.5).floor_().to(torch.int16)
+
+
+def _packed(stored: Shaped[Tensor, "... per_block width"]) -> Shaped[Tensor, "... bytes"]:
+    """Bytes of sub-keys, a multiple of four each, as four planes of two bits, one after the other."""
+    planes = []
+    for shift in (6, 4, 2, 0):
+        first, second, third, fourth = ((quarter >> shift) & 3 for quarter in stored.chunk(PLANES, -1))
+        planes.append(first | (second << 2) | (third << 4) | (fourth << 6))
+    return torch.stack(planes, -3).flatten(-3)
+
+
+def _coordinates(planes: tuple[Tensor, ...], width: int) -> Shaped[Tensor, "... per_block width"]:
+    """What the planes, first ones first, say of every coordinate."""
+    quarters = []
+    for shift in (0, 2, 4, 6):
+        value = (planes[0] >> shift) & 3
+        for plane in planes[1:]:
+            value = (value << 2) | ((plane >> shift) & 3)
+        quarters.append(value)
+    return torch.cat(quarters, -1)[..., :width]
 
 
 def quantise_queries(values: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:

@@ -96,7 +96,7 @@ class LayerSketch:
         codes_dtype = torch.uint8 if packed else dtype
         self.codes = torch.zeros(batch, heads, blocks + 1, payload, dtype=codes_dtype, device=device)
         if packed:
-            self.scales = torch.zeros(batch, heads, blocks + 1, 1, device=device)
+            self.scales = torch.zeros(batch, heads, blocks + 1, 2, device=device)
         selections = heads if config.head_mode == "per_kv_head" else 1
         if config.remembers:
             self.memory = torch.zeros(batch, selections, blocks + 1, device=device)

@@ -3,7 +3,7 @@
 Prefill: a fixed set of programs takes tiles of query rows (some heads of some query blocks) in turn. A program
 multiplies its sub-queries with all sub-keys as whole numbers, keeps the best of every key block in a scratch of its
 own, and with the softmax's normaliser known at the end of the row turns that scratch into scores. Decode: one query
-per sequence against the upper four bits of the key sketches.
+per sequence against the means and outlines of the key sketches.
 
 Equal to `sketch_walk.sketch.block_scores` but for the scratch's rounding to float16.
 """
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 # Rows that no token fills give a block this many units: far below any product of codes.
 NOTHING = tl.constexpr(-(1 << 30))
-MIDDLE = tl.constexpr(7.5)
 
 
 class PeakLaunch(NamedTuple):
@@ -73,40 +72,49 @@ CHUNK = 64
 
 
 @triton.jit
-def _nibbles(packed, ASM: tl.constexpr):
-    """The lower and the upper four bits of every byte, 0 ... 15, as int8."""
+def _outlines(packed, ASM: tl.constexpr):
+    """The four pairs of bits of every byte, lowest first, 0 ... 3, as int8."""
     if ASM:
         # Four bytes at a time.
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; and.b32 $0, $2, 0x0F0F0F0F; shr.u32 t, $2, 4; and.b32 $1, t, 0x0F0F0F0F; }",
-            "=r,=r,r", [packed], dtype=(tl.int8, tl.int8), is_pure=True, pack=4,
+            """{ .reg .b32 t; and.b32 $0, $4, 0x03030303; shr.u32 t, $4, 2; and.b32 $1, t, 0x03030303;
+            shr.u32 t, $4, 4; and.b32 $2, t, 0x03030303; shr.u32 t, $4, 6; and.b32 $3, t, 0x03030303; }""",
+            "=r,=r,=r,=r,r", [packed], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
         )  # fmt: skip
-    return (packed & 15).to(tl.int8), (packed >> 4).to(tl.int8)
+    first, second = (packed & 3).to(tl.int8), ((packed >> 2) & 3).to(tl.int8)
+    return first, second, ((packed >> 4) & 3).to(tl.int8), (packed >> 6).to(tl.int8)
 
 
 @triton.jit
 def _unpack(
-    codes, output, c_batch, c_head, c_block, num_blocks, num_tiles,
-    TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
+    codes, scales, output, c_batch, c_head, c_block, s_batch, s_head, num_blocks, num_tiles,
+    TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """int8 codes of a tile of blocks, sub-key s of block j in row s * TILE_BLOCKS + j; blocks past the last are 0."""
     tile, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
     block = tile * TILE_BLOCKS + row % TILE_BLOCKS
-    sub = row // TILE_BLOCKS
-    half = tl.arange(0, PADDED_HALF)
+    quarter = tl.arange(0, PADDED_QUARTER)
     start = codes + sequence.to(tl.int64) * c_batch + head.to(tl.int64) * c_head + block.to(tl.int64) * c_block
-    at = start[:, None] + sub[:, None] * HALF + half[None, :]
-    inside = (block < num_blocks)[:, None] & (half < HALF)[None, :]
-    upper = tl.load(at, mask=inside, other=0).to(tl.int32)
-    lower = tl.load(at + PER_BLOCK * HALF, mask=inside, other=0).to(tl.int32)
-    first = (upper & 15) * 16 + (lower & 15) - 128
-    second = (upper & 240) + (lower >> 4) - 128
+    at = start[:, None] + ((4 + row // TILE_BLOCKS) * QUARTER)[:, None] + quarter[None, :]
+    inside = (block < num_blocks)[:, None] & (quarter < QUARTER)[None, :]
+    p0 = tl.load(at, mask=inside, other=0).to(tl.int32)
+    p1 = tl.load(at + PER_BLOCK * QUARTER, mask=inside, other=0).to(tl.int32)
+    p2 = tl.load(at + 2 * PER_BLOCK * QUARTER, mask=inside, other=0).to(tl.int32)
+    p3 = tl.load(at + 3 * PER_BLOCK * QUARTER, mask=inside, other=0).to(tl.int32)
+    bounds = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head + 2 * block + 1
+    bound = tl.load(bounds, mask=block < num_blocks, other=0.0).to(tl.int32)[:, None]
     place = (sequence.to(tl.int64) * tl.num_programs(1) + head) * num_tiles + tile
-    to = output + (place * (TILE_BLOCKS * PER_BLOCK) + row)[:, None] * COLUMNS + half[None, :]
-    tl.store(to, first.to(tl.int8), mask=(half < HALF)[None, :] & (row >= 0)[:, None])
-    tl.store(to + HALF, second.to(tl.int8), mask=(half + HALF < COLUMNS)[None, :] & (half < HALF)[None, :])
+    to = output + (place * (TILE_BLOCKS * PER_BLOCK) + row)[:, None] * COLUMNS + quarter[None, :]
+    for number in tl.static_range(4):
+        side = (p0 >> (2 * number)) & 3
+        away = (((p1 >> (2 * number)) & 3) << 4) | (((p2 >> (2 * number)) & 3) << 2) | ((p3 >> (2 * number)) & 3)
+        away += tl.where((side == 0) | (side == 3), bound, 0)
+        mean = tl.load(start[:, None] + (number * QUARTER + quarter)[None, :], mask=inside, other=128).to(tl.int32)
+        code = mean - 128 + tl.where(side >= 2, away, -1 - away)
+        written = (quarter < QUARTER)[None, :] & (number * QUARTER + quarter < COLUMNS)[None, :] & (row >= 0)[:, None]
+        tl.store(to + number * QUARTER, tl.where(inside, code, 0).to(tl.int8), mask=written)
 
 
 @triton.jit
@@ -125,7 +133,7 @@ def _logits(products, units, key_scales, block, num_blocks, ROWS: tl.constexpr, 
             TILE_BLOCKS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Best logit [ROWS, TILE_BLOCKS] of every block of a tile."""
     peak = tl.max(tl.reshape(products, [ROWS, PER_BLOCK, TILE_BLOCKS]), 1)
-    steps = tl.load(key_scales + block, mask=block < num_blocks, other=0.0)
+    steps = tl.load(key_scales + 2 * block, mask=block < num_blocks, other=0.0)
     logit = peak.to(tl.float32) * (units[:, None] * steps[None, :])
     if MASKED:
         logit = tl.where(peak == NOTHING, HIDDEN, logit)
@@ -265,14 +273,23 @@ def _peaks(
 
 
 @triton.jit
+def _outline_products(queries, outlines, products, WIDEN: tl.constexpr):
+    """`products` [LANES, sub-keys] and what a quarter of the coordinates adds."""
+    if WIDEN:
+        added = tl.dot(queries.to(tl.float32), tl.trans(outlines.to(tl.float32)), input_precision="ieee")
+        return products + added.to(tl.int32)
+    return tl.dot(queries, tl.trans(outlines), acc=products, out_dtype=tl.int32)
+
+
+@triton.jit
 def _decode_peaks(
     query_codes, query_scales, codes, key_scales, length, peaks,
     c_batch, c_head, c_block, s_batch, s_head, num_heads, num_blocks, scale_log2,
-    GROUP: tl.constexpr, LANES: tl.constexpr, TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr,
-    KEY_SUB: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, WIDEN: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, TILE_BLOCKS: tl.constexpr, MEANS: tl.constexpr, PER_BLOCK: tl.constexpr,
+    KEY_SUB: tl.constexpr, COLUMNS: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
+    WIDEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Best logit of TILE_BLOCKS blocks for the heads of one group, from the upper four bits.
+    """Best logit of TILE_BLOCKS blocks for the heads of one group, from means and outlines.
 
     PDL: the kernel in front is `_sketch_step`, which writes the last block; codes of other tiles are read meanwhile,
     past the first cache, which may not see what that kernel writes beside them.
@@ -292,38 +309,56 @@ def _decode_peaks(
     if tile * TILE_BLOCKS * PER_BLOCK * KEY_SUB >= end:
         tl.store(to, tl.full([LANES, TILE_BLOCKS], float("-inf"), tl.float32), mask=inside)
         return
-    half = tl.arange(0, PADDED_HALF)
+    quarter = tl.arange(0, PADDED_QUARTER)
+    held = (quarter < QUARTER)[None, :]
     CACHE: tl.constexpr = ".cg" if PDL else ""
     row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
     of_block = tile * TILE_BLOCKS + row // PER_BLOCK
     sub = row % PER_BLOCK
     base = codes + sequence.to(tl.int64) * c_batch + kv_head.to(tl.int64) * c_head
-    at = base + of_block.to(tl.int64)[:, None] * c_block + sub[:, None] * HALF + half[None, :]
-    packed = tl.load(at, mask=(of_block < num_blocks)[:, None] & (half < HALF)[None, :], other=0, cache_modifier=CACHE)
-    steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head + block
+    at = base + (of_block.to(tl.int64) * c_block + (4 + sub) * QUARTER)[:, None] + quarter[None, :]
+    packed = tl.load(at, mask=(of_block < num_blocks)[:, None] & held, other=0, cache_modifier=CACHE)
+    # Every mean MEANS / TILE_BLOCKS times, where a matrix unit takes no fewer.
+    mean_block = tile * TILE_BLOCKS + tl.arange(0, MEANS) % TILE_BLOCKS
+    column = tl.arange(0, COLUMNS)
+    means = tl.load(
+        base + (mean_block.to(tl.int64) * c_block)[:, None] + column[None, :],
+        mask=(mean_block < num_blocks)[:, None] & (column < 4 * QUARTER)[None, :],
+        other=128,
+        cache_modifier=CACHE,
+    )
+    steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head + 2 * block
+    bounds = tl.load(steps + 1, mask=block < num_blocks, other=0.0, cache_modifier=CACHE)
     steps = tl.load(steps, mask=block < num_blocks, other=0.0, cache_modifier=CACHE)
     await_previous(PDL)
     release_next(PDL)
-    start = query_codes + slot[:, None] * COLUMNS + half[None, :]
-    first_queries = tl.load(start, mask=real[:, None] & (half < HALF)[None, :], other=0)
-    second_queries = tl.load(
-        start + HALF, mask=real[:, None] & (half < HALF)[None, :] & (half + HALF < COLUMNS), other=0
-    )
-    first, second = _nibbles(packed, ASM)
+    start = query_codes + slot[:, None] * COLUMNS
+    queries = tl.load(start + column[None, :], mask=real[:, None] & (column >= 0)[None, :], other=0)
+    means = (means.to(tl.int32) - 128).to(tl.int8)
     if WIDEN:
-        products = tl.dot(first_queries.to(tl.float32), tl.trans(first.to(tl.float32)), input_precision="ieee")
-        products += tl.dot(second_queries.to(tl.float32), tl.trans(second.to(tl.float32)), input_precision="ieee")
-        products = products.to(tl.int32)
+        of_mean = tl.dot(queries.to(tl.float32), tl.trans(means.to(tl.float32)), input_precision="ieee").to(tl.int32)
     else:
-        products = tl.dot(first_queries, tl.trans(first), out_dtype=tl.int32)
-        products = tl.dot(second_queries, tl.trans(second), acc=products, out_dtype=tl.int32)
+        of_mean = tl.dot(queries, tl.trans(means), out_dtype=tl.int32)
+    of_mean = tl.max(tl.reshape(of_mean, [LANES, MEANS // TILE_BLOCKS, TILE_BLOCKS]), 1)
+    o0, o1, o2, o3 = _outlines(packed, ASM)
+    start += quarter[None, :]
+    known = real[:, None] & held
+    q0 = tl.load(start, mask=known, other=0)
+    q1 = tl.load(start + QUARTER, mask=known & (quarter + QUARTER < COLUMNS)[None, :], other=0)
+    q2 = tl.load(start + 2 * QUARTER, mask=known & (quarter + 2 * QUARTER < COLUMNS)[None, :], other=0)
+    q3 = tl.load(start + 3 * QUARTER, mask=known & (quarter + 3 * QUARTER < COLUMNS)[None, :], other=0)
+    products = tl.zeros([LANES, TILE_BLOCKS * PER_BLOCK], tl.int32)
+    products = _outline_products(q0, o0, products, WIDEN)
+    products = _outline_products(q1, o1, products, WIDEN)
+    products = _outline_products(q2, o2, products, WIDEN)
+    products = _outline_products(q3, o3, products, WIDEN)
     seen = (of_block * PER_BLOCK + sub) * KEY_SUB < end
     products = tl.where(seen[None, :], products, NOTHING)
     peak = tl.max(tl.reshape(products, [LANES, TILE_BLOCKS, PER_BLOCK]), 2)
-    # A nibble u stands for the code 16 * u - 128 and, for what the lower four bits may add, MIDDLE more.
-    sums = tl.sum(first_queries.to(tl.int32), 1) + tl.sum(second_queries.to(tl.int32), 1)
+    # An outline o stands for the mean code and o - 1.5 bounds more.
+    middle = tl.sum(queries.to(tl.int32), 1).to(tl.float32) * 1.5
     units = tl.load(query_scales + slot, mask=real, other=0.0) * scale_log2
-    code = peak.to(tl.float32) * 16.0 + (sums.to(tl.float32) * (MIDDLE - 128.0))[:, None]
+    code = (peak.to(tl.float32) - middle[:, None]) * bounds[None, :] + of_mean.to(tl.float32)
     tl.store(to, tl.where(peak == NOTHING, float("-inf"), code * units[:, None] * steps[None, :]), mask=inside)
 
 
@@ -340,18 +375,22 @@ def unsupported(block_size: int, query_sub_block: int, key_sub_block: int, kept:
 
 
 def unpack_keys(
-    codes: Int[Tensor, "batch kv_heads blocks payload"], tile_blocks: int, per_block: int, columns: int
+    codes: Int[Tensor, "batch kv_heads blocks payload"],
+    scales: Float[Tensor, "batch kv_heads blocks 2"],
+    tile_blocks: int,
+    per_block: int,
+    columns: int,
 ) -> Int[Tensor, "batch kv_heads tiles sub_keys columns"]:
     """int8 codes in tiles of `tile_blocks` blocks, sub-key by sub-key, as `_peaks` reads them."""
     batch, heads, blocks, payload = codes.shape
-    half = payload // (2 * per_block)
+    quarter = payload // (4 * (1 + per_block))
     tiles = -(-blocks // tile_blocks)
-    make = torch.empty if 2 * half == columns else torch.zeros
+    make = torch.empty if 4 * quarter == columns else torch.zeros
     output = make(batch, heads, tiles, tile_blocks * per_block, columns, dtype=torch.int8, device=codes.device)
     _unpack[(tiles, heads, batch)](
-        codes, output, *codes.stride()[:3], blocks, tiles,
-        TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block, HALF=half, PADDED_HALF=next_power_of_2(half),
-        COLUMNS=columns, num_warps=4,
+        codes, scales, output, *codes.stride()[:3], *scales.stride()[:2], blocks, tiles,
+        TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block, QUARTER=quarter, PADDED_QUARTER=next_power_of_2(quarter),
+        COLUMNS=columns, num_warps=8,
     )  # fmt: skip
     return output
 
@@ -359,7 +398,7 @@ def unpack_keys(
 def peak_scores(
     queries: PackedQueries,
     codes: Int[Tensor, "batch kv_heads blocks payload"],
-    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    scales: Float[Tensor, "batch kv_heads blocks 2"],
     length: Int[Tensor, " batch"],
     *,
     scale: float,
@@ -378,7 +417,7 @@ def peak_scores(
     kv_heads, blocks = codes.shape[1], codes.shape[2]
     group = heads // kv_heads
     tile_blocks = max(1, launch.columns // per_block)
-    keys = unpack_keys(codes, tile_blocks, per_block, columns)
+    keys = unpack_keys(codes, scales, tile_blocks, per_block, columns)
     tile_heads = max(h for h in range(1, group + 1) if group % h == 0 and h & (h - 1) == 0 and h * kept <= launch.rows)
     tile_rows = max(1, min(launch.rows // (tile_heads * kept), next_power_of_2(rows)))
     lanes = max(16, tile_rows * tile_heads * kept)
@@ -404,7 +443,7 @@ def peak_scores(
 def decode_peaks(
     queries: PackedQueries,
     codes: Int[Tensor, "batch kv_heads blocks payload"],
-    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    scales: Float[Tensor, "batch kv_heads blocks 2"],
     length: Int[Tensor, " batch"],
     *,
     scale: float,
@@ -415,22 +454,23 @@ def decode_peaks(
 ) -> Float[Tensor, "batch heads blocks"]:
     """Best logit of every block for the one query of every sequence, in units of log 2; -inf where no key is.
 
-    Reads half of the key sketches: the upper four bits. `after_step`: the kernel in front is that of
+    Reads a fourth of the key sketches: means and outlines. `after_step`: the kernel in front is that of
     `triton_sketch.sketch_step`, with these queries, codes and scales; this one may then start before that has ended.
     """
     launch = launch or StepLaunch()
     batch, _, heads, _, columns = queries.codes.shape
     kv_heads, blocks = codes.shape[1], codes.shape[2]
-    half = codes.shape[3] // (2 * per_block)
+    quarter = codes.shape[3] // (4 * (1 + per_block))
     group = heads // kv_heads
     tile_blocks = max(1, launch.sub_keys // per_block)
     peaks = torch.empty(batch, heads, blocks, dtype=torch.float32, device=codes.device)
     _decode_peaks[(-(-blocks // tile_blocks), kv_heads, batch)](
         queries.codes, queries.scales, codes, scales, length, peaks,
         *codes.stride()[:3], *scales.stride()[:2], heads, blocks, scale * LOG2_E,
-        GROUP=group, LANES=max(16, next_power_of_2(group)), TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block,
-        KEY_SUB=key_sub_block, COLUMNS=columns, HALF=half, PADDED_HALF=max(32, next_power_of_2(half)),
-        WIDEN=interpreted(), ASM=not interpreted() and torch.version.hip is None, num_warps=launch.num_warps,
+        GROUP=group, LANES=max(16, next_power_of_2(group)), TILE_BLOCKS=tile_blocks, MEANS=max(16, tile_blocks),
+        PER_BLOCK=per_block, KEY_SUB=key_sub_block, COLUMNS=columns, QUARTER=quarter,
+        PADDED_QUARTER=max(32, next_power_of_2(quarter)), WIDEN=interpreted(),
+        ASM=not interpreted() and torch.version.hip is None, num_warps=launch.num_warps,
         **dependent(after_step and overlaps(codes.device, batch * kv_heads)),
     )  # fmt: skip
     return peaks

@@ -148,12 +148,47 @@ def _code(values, steps):
 
 
 @triton.jit
+def _stored(apart, bound):
+    """Bytes, as int32, of codes `apart` from the mean; `bound` is that of their block."""
+    below = apart < 0
+    away = tl.where(below, -1 - apart, apart)
+    beyond = (away >= bound).to(tl.int32)
+    away = tl.minimum(away - beyond * bound, 63)
+    return (tl.where(below, 1 - beyond, 2 + beyond) << 6) | away
+
+
+@triton.jit
+def _bits(stored, PLANE: tl.constexpr):
+    """The two bits of bytes that belong into a plane."""
+    return (stored >> (6 - 2 * PLANE)) & 3
+
+
+@triton.jit
+def _quarter(
+    pooled, matrix, dim, quarter, NUMBER: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    QUARTER: tl.constexpr,
+):  # fmt: skip
+    """A quarter of the rotated coordinates [rows, PADDED_QUARTER], 0 beyond it."""
+    values = _rotate(pooled, matrix, dim, quarter + NUMBER * QUARTER, HEAD_DIM, WIDTH)
+    return tl.where((quarter < QUARTER)[None, :], values, 0.0)
+
+
+@triton.jit
+def _mean_codes(codes, real, count, TILE: tl.constexpr, RUNS: tl.constexpr, PADDED_QUARTER: tl.constexpr):
+    """Mean codes of every block [TILE, PADDED_QUARTER], and the codes less their block's."""
+    total = tl.sum(tl.reshape(tl.where(real[:, None], codes, 0), [TILE, RUNS, PADDED_QUARTER]), 1)
+    mean = tl.floor(total.to(tl.float32) / count[:, None] + 0.5).to(tl.int32)
+    spread = tl.broadcast_to(mean[:, None, :], [TILE, RUNS, PADDED_QUARTER])
+    return mean, codes - tl.reshape(spread, [TILE * RUNS, PADDED_QUARTER])
+
+
+@triton.jit
 def _sketch_blocks(
     key, key_index, length, matrix, codes, scales, first_block, head, sequence,
     k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, INDEXED: tl.constexpr,
-    UNROLL: tl.constexpr,
+    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
+    INDEXED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of TILE blocks of one head."""
     end = tl.load(length + sequence).to(tl.int32)
@@ -164,24 +199,45 @@ def _sketch_blocks(
             base, key_index, sequence, first_block * BLOCK, 0, end, k_token, num_keys, dim, salience, 1.0,
             TILE, RUNS, PER_BLOCK, BLOCK // PER_BLOCK, HEAD_DIM, PADDED_DIM, INDEXED, UNROLL,
         )  # fmt: skip
-        half = tl.arange(0, PADDED_HALF)
-        first = tl.where((half < HALF)[None, :], _rotate(pooled, matrix, dim, half, HEAD_DIM, WIDTH), 0.0)
-        second = tl.where((half < HALF)[None, :], _rotate(pooled, matrix, dim, half + HALF, HEAD_DIM, WIDTH), 0.0)
-        squares = tl.sum(tl.reshape(tl.sum(first * first, 1) + tl.sum(second * second, 1), [TILE, RUNS]), 1)
+        quarter = tl.arange(0, PADDED_QUARTER)
+        v0 = _quarter(pooled, matrix, dim, quarter, 0, HEAD_DIM, WIDTH, QUARTER)
+        v1 = _quarter(pooled, matrix, dim, quarter, 1, HEAD_DIM, WIDTH, QUARTER)
+        v2 = _quarter(pooled, matrix, dim, quarter, 2, HEAD_DIM, WIDTH, QUARTER)
+        v3 = _quarter(pooled, matrix, dim, quarter, 3, HEAD_DIM, WIDTH, QUARTER)
+        squares = tl.sum(v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3, 1)
         count = tl.maximum(tl.sum(tl.reshape(real.to(tl.float32), [TILE, RUNS]), 1), 1.0)
-        scale = tl.maximum(tl.sqrt(squares / (count * WIDTH)) * step_of_spread, 1.1754944e-38)
+        spread = tl.sqrt(tl.sum(tl.reshape(squares, [TILE, RUNS]), 1) / (count * WIDTH))
+        scale = tl.maximum(spread * step_of_spread, 1.1754944e-38)
         steps = tl.reshape(tl.broadcast_to((1.0 / scale)[:, None], [TILE, RUNS]), [TILE * RUNS])[:, None]
-        low, high = _code(first, steps) + 128, _code(second, steps) + 128
+        m0, a0 = _mean_codes(_code(v0, steps), real, count, TILE, RUNS, PADDED_QUARTER)
+        m1, a1 = _mean_codes(_code(v1, steps), real, count, TILE, RUNS, PADDED_QUARTER)
+        m2, a2 = _mean_codes(_code(v2, steps), real, count, TILE, RUNS, PADDED_QUARTER)
+        m3, a3 = _mean_codes(_code(v3, steps), real, count, TILE, RUNS, PADDED_QUARTER)
+        apart = tl.where(real, tl.sum(a0 * a0 + a1 * a1 + a2 * a2 + a3 * a3, 1), 0)
+        apart = tl.sum(tl.reshape(apart, [TILE, RUNS]), 1).to(tl.float32)
+        bound = tl.minimum(tl.maximum(tl.floor(tl.sqrt(apart / (count * WIDTH)) + 0.5), 1.0), 64.0)
+        limit = tl.reshape(tl.broadcast_to(bound.to(tl.int32)[:, None], [TILE, RUNS]), [TILE * RUNS])[:, None]
+        b0, b1, b2, b3 = _stored(a0, limit), _stored(a1, limit), _stored(a2, limit), _stored(a3, limit)
         lane = tl.arange(0, TILE * RUNS)
         run, block = lane % RUNS, first_block + lane // RUNS
         to = codes + sequence.to(tl.int64) * c_batch + head.to(tl.int64) * c_head
-        at = (block.to(tl.int64) * c_block + run * HALF)[:, None] + half[None, :]
-        inside = ((run < PER_BLOCK) & (block * BLOCK < end))[:, None] & (half < HALF)[None, :]
-        tl.store(to + at, ((low >> 4) | (high & 240)).to(tl.uint8), mask=inside)
-        tl.store(to + PER_BLOCK * HALF + at, ((low & 15) | ((high & 15) << 4)).to(tl.uint8), mask=inside)
+        at = (block.to(tl.int64) * c_block + (4 + run) * QUARTER)[:, None] + quarter[None, :]
+        inside = ((run < PER_BLOCK) & (block * BLOCK < end))[:, None] & (quarter < QUARTER)[None, :]
+        for plane in tl.static_range(4):
+            packed = _bits(b0, plane) | (_bits(b1, plane) << 2) | (_bits(b2, plane) << 4) | (_bits(b3, plane) << 6)
+            tl.store(to + plane * PER_BLOCK * QUARTER + at, packed.to(tl.uint8), mask=inside)
         tile_block = first_block + tl.arange(0, TILE)
+        written = tile_block * BLOCK < end
+        at_mean = tile_block.to(tl.int64)[:, None] * c_block + quarter[None, :]
+        inside_mean = written[:, None] & (quarter < QUARTER)[None, :]
+        tl.store(to + at_mean, (m0 + 128).to(tl.uint8), mask=inside_mean)
+        tl.store(to + QUARTER + at_mean, (m1 + 128).to(tl.uint8), mask=inside_mean)
+        tl.store(to + 2 * QUARTER + at_mean, (m2 + 128).to(tl.uint8), mask=inside_mean)
+        tl.store(to + 3 * QUARTER + at_mean, (m3 + 128).to(tl.uint8), mask=inside_mean)
         to_scale = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head
-        tl.store(to_scale + tile_block.to(tl.int64) * s_block, scale, mask=tile_block * BLOCK < end)
+        to_scale += tile_block.to(tl.int64) * s_block
+        tl.store(to_scale, scale, mask=written)
+        tl.store(to_scale + 1, bound, mask=written)
 
 
 @triton.jit
@@ -196,7 +252,8 @@ def _sketch_keys(
     key, key_index, past, length, matrix, codes, scales,
     k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr, INDEXED: tl.constexpr,
+    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):  # fmt: skip
     """Codes and scales of TILE blocks of one head, counted from the sequence's first open one."""
     head, sequence = tl.program_id(1), tl.program_id(2)
@@ -205,7 +262,7 @@ def _sketch_keys(
         key, key_index, length, matrix, codes, scales, first_block, head, sequence,
         k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block,
         num_keys, step_of_spread, salience,
-        BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, HALF, PADDED_HALF, INDEXED, 1,
+        BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, QUARTER, PADDED_QUARTER, INDEXED, 1,
     )  # fmt: skip
 
 
@@ -271,7 +328,7 @@ def _sketch_step(
     k_batch, k_head, k_token, q_batch, q_head, q_token, c_batch, c_head, c_block, s_batch, s_head, s_block,
     num_keys, kv_heads, step_of_spread, salience,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED_HALF: tl.constexpr,
+    PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, INDEXED: tl.constexpr, UNROLL: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -284,7 +341,7 @@ def _sketch_step(
         _sketch_blocks(
             key, key_index, length, matrix, codes, scales, seen // BLOCK, task, sequence, k_batch, k_head, k_token,
             c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
-            BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, HALF, PADDED_HALF, INDEXED, UNROLL,
+            BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, QUARTER, PADDED_QUARTER, INDEXED, UNROLL,
         )  # fmt: skip
     else:
         lane = tl.arange(0, LANES)
@@ -323,10 +380,10 @@ def _sizes(
     }  # fmt: skip
 
 
-def _halves(width: int) -> dict[str, int]:
+def _quarters(width: int) -> dict[str, int]:
     """How the kernels that pack codes of `width` coordinates cut them."""
-    half = (width + 1) // 2
-    return {"HALF": half, "PADDED_HALF": max(16, next_power_of_2(half))}
+    quarter = -(-width // 4)
+    return {"QUARTER": quarter, "PADDED_QUARTER": max(16, next_power_of_2(quarter))}
 
 
 def sketch_keys(
@@ -334,7 +391,7 @@ def sketch_keys(
     layout: Layout,
     num_blocks: int,
     codes: Shaped[Tensor, "batch kv_heads blocks payload"],
-    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    scales: Float[Tensor, "batch kv_heads blocks 2"],
     matrix: Float[Tensor, "head_dim width"],
     *,
     block_size: int,
@@ -365,7 +422,7 @@ def sketch_keys(
     _sketch_keys[(-(-num_blocks // sizes["TILE"]), heads, batch)](
         key, layout.key_index, layout.past, layout.length, matrix, codes, scales,
         *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience,
-        **sizes, **_halves(width), INDEXED=layout.key_index is not None,
+        **sizes, **_quarters(width), INDEXED=layout.key_index is not None,
     )  # fmt: skip
 
 
@@ -405,7 +462,7 @@ def sketch_step(
     query: Shaped[Tensor, "batch heads 1 head_dim"],
     layout: Layout,
     codes: Shaped[Tensor, "batch kv_heads blocks payload"],
-    scales: Float[Tensor, "batch kv_heads blocks 1"],
+    scales: Float[Tensor, "batch kv_heads blocks 2"],
     matrix: Float[Tensor, "head_dim width"],
     *,
     block_size: int,
@@ -426,7 +483,7 @@ def sketch_step(
         key, layout.key_index, query, layout.query_index, layout.past, layout.length, matrix, codes, scales,
         packed.codes, packed.scales, *key.stride()[:3], *query.stride()[:3], *codes.stride()[:3],
         *scales.stride()[:3], num_keys, kv_heads, step, salience,
-        **sizes, **_halves(width), COLUMNS=packed.codes.shape[-1], GROUP=group,
+        **sizes, **_quarters(width), COLUMNS=packed.codes.shape[-1], GROUP=group,
         LANES=max(16, next_power_of_2(group)), INDEXED=layout.key_index is not None,
         UNROLL=min(MOST_UNROLLED, key_sub_block), PDL=overlaps(key.device, batch * kv_heads),
     )  # fmt: skip
