@@ -45,7 +45,7 @@ POINTERS = {
     "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
     "masses": "*fp32", "memory": "*fp32", "seen": "*i64", "fade": "fp32",
 }  # fmt: skip
-STRIDES = {f"{x}_{axis}" for x in "qkvo" for axis in ("batch", "head", "token", "page")}
+STRIDES = {f"{x}_{axis}" for x in "qkvoc" for axis in ("batch", "head", "token", "page", "block")}
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64
 SHAPE = {
     "GROUP": HEADS // KV_HEADS, "BLOCK": BLOCK, "HEAD_DIM": HEAD_DIM, "PADDED_DIM": HEAD_DIM, "PER_HEAD": False,
@@ -182,7 +182,8 @@ def peaks(target: Target, per_head: bool) -> int:
     unpack = {**PACKED, "TILE_BLOCKS": tile_blocks}
     step_blocks = triton_peaks.StepLaunch().sub_keys // PER_BLOCK
     step = {
-        **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": step_blocks, "MEANS": max(16, step_blocks), "KEY_SUB": 4, "WIDEN": False, "ASM": not hip,
+        **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": step_blocks, "MEANS": max(16, step_blocks), "KEY_SUB": 4,
+        "WIDEN": False, "ASM": not hip,
     }  # fmt: skip
     return (
         compile_for(triton_peaks._peaks, constants, target, launch.num_warps, launch.num_stages, **limit)

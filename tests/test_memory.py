@@ -70,9 +70,9 @@ def test_what_was_useful_is_read_again_and_fades() -> None:
     found.memory[0, 0, unread[0]] = 1.0
     first = step(found, q, k, v, 191, CONFIG)
     assert unread[0] in first.selection.indices[0, 0].tolist()
-    assert first.walk[0, 0, 0, unread[0]] == pytest.approx(0.9)
+    assert first.walk[0, 0, 0, unread[0]].item() == pytest.approx(0.9)
     # Its true share is small, and the claim has faded.
-    assert found.memory[0, 0, unread[0]] == pytest.approx(0.9)
+    assert found.memory[0, 0, unread[0]].item() == pytest.approx(0.9)
     for end in range(192, 201):
         step(found, q, k, v, end, CONFIG)
     assert found.memory[0, 0, unread[0]] < 0.9**9 + 0.2

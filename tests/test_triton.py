@@ -225,7 +225,9 @@ def test_a_step_without_a_table_reads_what_is_filled(split: int) -> None:
     )
     torch.testing.assert_close(output, expected, atol=ERROR[torch.float32], rtol=0)
     layout = replace(make_layout(3, 1, 300, key.device), past=length - 1, length=length, bounds=None)
-    torch.testing.assert_close(attend_filled(query, key, value, layout, 0.2), output, atol=1e-6, rtol=0)
+    # Another launch; a GPU's matrix units round float32.
+    error = 1e-6 if DEVICE == "cpu" else ERROR[torch.float32]
+    torch.testing.assert_close(attend_filled(query, key, value, layout, 0.2), output, atol=error, rtol=0)
 
 
 @runs
@@ -255,7 +257,7 @@ def test_any_number_of_blocks_may_share_a_program(blocks: int, keys: int, block_
     )  # fmt: skip
     torch.testing.assert_close(actual, output, atol=ERROR[torch.float32], rtol=0)
     assert (expected != held).any()
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-3 if DEVICE == "cpu" else ERROR[torch.float32], atol=1e-5)
 
 
 @pytest.mark.parametrize(

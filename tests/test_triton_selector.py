@@ -453,8 +453,10 @@ def test_whole_selectors_agree(case: Case) -> None:
     difference = (found[0] - found[1]).abs()
     # Logits lie up to 128 powers of two over their base in a scratch of float16: half of its last place there.
     rounding = (2**2**-5 - 1) * found[1]
-    # A code that moved by one moves a logit by a 254th of the query's largest coordinate times the key's.
-    assert (difference - rounding).max() <= 1e-3 if EXACT else difference.mean() <= 1e-2
+    # A code that moved by one moves a logit by a 254th of the query's largest coordinate times the key's; an outline
+    # whose code moved over the bound, by a whole bound: bfloat16 alone, on a CPU, makes a mean of 0.016 of 14 scores.
+    limit = 2e-2 if call.layout.num_queries == 1 else 1e-2
+    assert (difference - rounding).max() <= 1e-3 if EXACT else difference.mean() <= limit
     assert (found[0][found[1] == 0] < 1e-30).all()
 
 

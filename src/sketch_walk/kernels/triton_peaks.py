@@ -21,6 +21,7 @@ from sketch_walk.kernels.triton_sketch import PackedQueries
 from sketch_walk.kernels.triton_tiles import (
     HIDDEN,
     LOG2_E,
+    MOST_OVERLAPPED,
     await_previous,
     dependent,
     device_of,
@@ -61,12 +62,21 @@ class PeakLaunch(NamedTuple):
 
 
 class StepLaunch(NamedTuple):
-    """Sub-keys and warps of a program of the decode kernel."""
+    """Sub-keys and warps of a program of the decode kernel, and registers of a thread as in `PeakLaunch`."""
 
     sub_keys: int = 256
     num_warps: int = 4
+    max_registers: int | None = None
 
 
+# By whether a block holds many sub-keys, and whether the step has many sequence x head pairs (measured on an H100).
+MANY_SUB_KEYS = 16
+STEP_LAUNCHES = {
+    (False, False): StepLaunch(256, 4),
+    (False, True): StepLaunch(256, 4),
+    (True, False): StepLaunch(128, 2),
+    (True, True): StepLaunch(256, 2),
+}
 # Blocks of a row whose scratch is turned into scores at a time.
 CHUNK = 64
 
@@ -341,25 +351,38 @@ def _decode_peaks(
         of_mean = tl.dot(queries, tl.trans(means), out_dtype=tl.int32)
     of_mean = tl.max(tl.reshape(of_mean, [LANES, MEANS // TILE_BLOCKS, TILE_BLOCKS]), 1)
     o0, o1, o2, o3 = _outlines(packed, ASM)
-    start += quarter[None, :]
-    known = real[:, None] & held
-    q0 = tl.load(start, mask=known, other=0)
-    q1 = tl.load(start + QUARTER, mask=known & (quarter + QUARTER < COLUMNS)[None, :], other=0)
-    q2 = tl.load(start + 2 * QUARTER, mask=known & (quarter + 2 * QUARTER < COLUMNS)[None, :], other=0)
-    q3 = tl.load(start + 3 * QUARTER, mask=known & (quarter + 3 * QUARTER < COLUMNS)[None, :], other=0)
+    if COLUMNS == 4 * PADDED_QUARTER and QUARTER == PADDED_QUARTER:
+        # Without another trip to memory.
+        pairs = tl.reshape(queries, [LANES, 2, 2, QUARTER])
+        even, odd = tl.split(tl.permute(pairs, (0, 3, 1, 2)))
+        q0, q2 = tl.split(even)
+        q1, q3 = tl.split(odd)
+    else:
+        start += quarter[None, :]
+        known = real[:, None] & held
+        q0 = tl.load(start, mask=known, other=0)
+        q1 = tl.load(start + QUARTER, mask=known & (quarter + QUARTER < COLUMNS)[None, :], other=0)
+        q2 = tl.load(start + 2 * QUARTER, mask=known & (quarter + 2 * QUARTER < COLUMNS)[None, :], other=0)
+        q3 = tl.load(start + 3 * QUARTER, mask=known & (quarter + 3 * QUARTER < COLUMNS)[None, :], other=0)
     products = tl.zeros([LANES, TILE_BLOCKS * PER_BLOCK], tl.int32)
     products = _outline_products(q0, o0, products, WIDEN)
     products = _outline_products(q1, o1, products, WIDEN)
     products = _outline_products(q2, o2, products, WIDEN)
     products = _outline_products(q3, o3, products, WIDEN)
-    seen = (of_block * PER_BLOCK + sub) * KEY_SUB < end
-    products = tl.where(seen[None, :], products, NOTHING)
+    if beyond > end:
+        seen = (of_block * PER_BLOCK + sub) * KEY_SUB < end
+        products = tl.where(seen[None, :], products, NOTHING)
     peak = tl.max(tl.reshape(products, [LANES, TILE_BLOCKS, PER_BLOCK]), 2)
     # An outline o stands for the mean code and o - 1.5 bounds more.
     middle = tl.sum(queries.to(tl.int32), 1).to(tl.float32) * 1.5
     units = tl.load(query_scales + slot, mask=real, other=0.0) * scale_log2
     code = (peak.to(tl.float32) - middle[:, None]) * bounds[None, :] + of_mean.to(tl.float32)
     tl.store(to, tl.where(peak == NOTHING, float("-inf"), code * units[:, None] * steps[None, :]), mask=inside)
+
+
+def _limit(max_registers: int | None) -> dict[str, int]:
+    """Launch argument that limits a thread's registers, where the compiler takes one."""
+    return {} if max_registers is None or torch.version.hip else {"maxnreg": max_registers}
 
 
 def unsupported(block_size: int, query_sub_block: int, key_sub_block: int, kept: int, width: int) -> str | None:
@@ -429,13 +452,13 @@ def peak_scores(
     width = -(-keys.shape[2] * tile_blocks // CHUNK) * CHUNK
     scratch = torch.empty(programs, lanes, width, dtype=torch.float16, device=codes.device)
     scores = torch.zeros(batch, kv_heads if per_kv_head else 1, rows, blocks, dtype=torch.float32, device=codes.device)
-    limit = {} if launch.max_registers is None or torch.version.hip else {"maxnreg": launch.max_registers}
     _peaks[(programs,)](
         *queries, keys, scales, scratch, scores, length, *scales.stride()[:2], *scores.stride()[:3],
         batch, rows, heads, groups, blocks, keys.shape[2], width, scale * LOG2_E,
         GROUP=group, TILE_HEADS=tile_heads, KEPT=kept, TILE_ROWS=tile_rows, ROWS=lanes, TILE_BLOCKS=tile_blocks,
         PER_BLOCK=per_block, KEY_SUB=key_sub_block, COLUMNS=columns, CHUNK=CHUNK, PER_HEAD=per_kv_head,
-        WIDEN=interpreted(), num_warps=launch.num_warps, num_stages=launch.num_stages, **limit,
+        WIDEN=interpreted(), num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **_limit(launch.max_registers),
     )  # fmt: skip
     return scores
 
@@ -457,9 +480,9 @@ def decode_peaks(
     Reads a fourth of the key sketches: means and outlines. `after_step`: the kernel in front is that of
     `triton_sketch.sketch_step`, with these queries, codes and scales; this one may then start before that has ended.
     """
-    launch = launch or StepLaunch()
     batch, _, heads, _, columns = queries.codes.shape
     kv_heads, blocks = codes.shape[1], codes.shape[2]
+    launch = launch or STEP_LAUNCHES[per_block > MANY_SUB_KEYS, batch * kv_heads > MOST_OVERLAPPED]
     quarter = codes.shape[3] // (4 * (1 + per_block))
     group = heads // kv_heads
     tile_blocks = max(1, launch.sub_keys // per_block)
@@ -471,6 +494,6 @@ def decode_peaks(
         PER_BLOCK=per_block, KEY_SUB=key_sub_block, COLUMNS=columns, QUARTER=quarter,
         PADDED_QUARTER=max(32, next_power_of_2(quarter)), WIDEN=interpreted(),
         ASM=not interpreted() and torch.version.hip is None, num_warps=launch.num_warps,
-        **dependent(after_step and overlaps(codes.device, batch * kv_heads)),
+        **_limit(launch.max_registers), **dependent(after_step and overlaps(codes.device, batch * kv_heads)),
     )  # fmt: skip
     return peaks

@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketch_walk.kernels.triton_tiles import HIDDEN, next_power_of_2, overlaps, padded_dim, release_next
+from sketch_walk.kernels.triton_tiles import (
+    HIDDEN,
+    MOST_OVERLAPPED,
+    next_power_of_2,
+    overlaps,
+    padded_dim,
+    release_next,
+)
 from sketch_walk.layout import Layout
 
 if TYPE_CHECKING:
@@ -28,8 +35,10 @@ class SketchLaunch(NamedTuple):
 
 
 LAUNCH = SketchLaunch(32, 2)
-# A decode step has one block, and a program for it: more warps, and the tokens of a run read at once.
+# A decode step has one block, and a program for it: more warps, and the tokens of a run read at once. Most warps where
+# a block takes more lanes, or few programs run.
 STEP_LAUNCH = SketchLaunch(16, 4)
+MOST_STEP_WARPS = 8
 MOST_UNROLLED = 8
 
 
@@ -158,28 +167,11 @@ def _stored(apart, bound):
 
 
 @triton.jit
-def _bits(stored, PLANE: tl.constexpr):
-    """The two bits of bytes that belong into a plane."""
-    return (stored >> (6 - 2 * PLANE)) & 3
-
-
-@triton.jit
-def _quarter(
-    pooled, matrix, dim, quarter, NUMBER: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    QUARTER: tl.constexpr,
-):  # fmt: skip
-    """A quarter of the rotated coordinates [rows, PADDED_QUARTER], 0 beyond it."""
-    values = _rotate(pooled, matrix, dim, quarter + NUMBER * QUARTER, HEAD_DIM, WIDTH)
-    return tl.where((quarter < QUARTER)[None, :], values, 0.0)
-
-
-@triton.jit
-def _mean_codes(codes, real, count, TILE: tl.constexpr, RUNS: tl.constexpr, PADDED_QUARTER: tl.constexpr):
-    """Mean codes of every block [TILE, PADDED_QUARTER], and the codes less their block's."""
-    total = tl.sum(tl.reshape(tl.where(real[:, None], codes, 0), [TILE, RUNS, PADDED_QUARTER]), 1)
-    mean = tl.floor(total.to(tl.float32) / count[:, None] + 0.5).to(tl.int32)
-    spread = tl.broadcast_to(mean[:, None, :], [TILE, RUNS, PADDED_QUARTER])
-    return mean, codes - tl.reshape(spread, [TILE * RUNS, PADDED_QUARTER])
+def _plane(stored, LANES: tl.constexpr, QUARTERS: tl.constexpr, PLANE: tl.constexpr):
+    """A plane's bytes [LANES, QUARTERS] of bytes [LANES, 4 * QUARTERS]: two bits of each quarter's coordinates."""
+    quarter = tl.arange(0, 4)[None, :, None]
+    bits = tl.reshape((stored >> (6 - 2 * PLANE)) & 3, [LANES, 4, QUARTERS])
+    return tl.sum(bits << (2 * quarter), 1).to(tl.uint8)
 
 
 @triton.jit
@@ -199,41 +191,40 @@ def _sketch_blocks(
             base, key_index, sequence, first_block * BLOCK, 0, end, k_token, num_keys, dim, salience, 1.0,
             TILE, RUNS, PER_BLOCK, BLOCK // PER_BLOCK, HEAD_DIM, PADDED_DIM, INDEXED, UNROLL,
         )  # fmt: skip
-        quarter = tl.arange(0, PADDED_QUARTER)
-        v0 = _quarter(pooled, matrix, dim, quarter, 0, HEAD_DIM, WIDTH, QUARTER)
-        v1 = _quarter(pooled, matrix, dim, quarter, 1, HEAD_DIM, WIDTH, QUARTER)
-        v2 = _quarter(pooled, matrix, dim, quarter, 2, HEAD_DIM, WIDTH, QUARTER)
-        v3 = _quarter(pooled, matrix, dim, quarter, 3, HEAD_DIM, WIDTH, QUARTER)
-        squares = tl.sum(v0 * v0 + v1 * v1 + v2 * v2 + v3 * v3, 1)
+        # Quarters of the coordinates side by side, each padded to a power of two.
+        COLUMNS: tl.constexpr = 4 * PADDED_QUARTER
+        column = tl.arange(0, COLUMNS)
+        coordinate = column
+        if PADDED_QUARTER > QUARTER:
+            within = column % PADDED_QUARTER
+            coordinate = tl.where(within < QUARTER, column // PADDED_QUARTER * QUARTER + within, 4 * QUARTER)
+        values = _rotate(pooled, matrix, dim, coordinate, HEAD_DIM, WIDTH)
         count = tl.maximum(tl.sum(tl.reshape(real.to(tl.float32), [TILE, RUNS]), 1), 1.0)
-        spread = tl.sqrt(tl.sum(tl.reshape(squares, [TILE, RUNS]), 1) / (count * WIDTH))
-        scale = tl.maximum(spread * step_of_spread, 1.1754944e-38)
+        squares = tl.sum(tl.reshape(tl.sum(values * values, 1), [TILE, RUNS]), 1)
+        scale = tl.maximum(tl.sqrt(squares / (count * WIDTH)) * step_of_spread, 1.1754944e-38)
         steps = tl.reshape(tl.broadcast_to((1.0 / scale)[:, None], [TILE, RUNS]), [TILE * RUNS])[:, None]
-        m0, a0 = _mean_codes(_code(v0, steps), real, count, TILE, RUNS, PADDED_QUARTER)
-        m1, a1 = _mean_codes(_code(v1, steps), real, count, TILE, RUNS, PADDED_QUARTER)
-        m2, a2 = _mean_codes(_code(v2, steps), real, count, TILE, RUNS, PADDED_QUARTER)
-        m3, a3 = _mean_codes(_code(v3, steps), real, count, TILE, RUNS, PADDED_QUARTER)
-        apart = tl.where(real, tl.sum(a0 * a0 + a1 * a1 + a2 * a2 + a3 * a3, 1), 0)
-        apart = tl.sum(tl.reshape(apart, [TILE, RUNS]), 1).to(tl.float32)
-        bound = tl.minimum(tl.maximum(tl.floor(tl.sqrt(apart / (count * WIDTH)) + 0.5), 1.0), 64.0)
+        code = _code(values, steps)
+        total = tl.sum(tl.reshape(tl.where(real[:, None], code, 0), [TILE, RUNS, COLUMNS]), 1)
+        mean = tl.floor(total.to(tl.float32) / count[:, None] + 0.5).to(tl.int32)
+        of_lane = tl.broadcast_to(mean[:, None, :], [TILE, RUNS, COLUMNS])
+        apart = code - tl.reshape(of_lane, [TILE * RUNS, COLUMNS])
+        squares = tl.where(real, tl.sum(apart * apart, 1), 0)
+        squares = tl.sum(tl.reshape(squares, [TILE, RUNS]), 1).to(tl.float32)
+        bound = tl.minimum(tl.maximum(tl.floor(tl.sqrt(squares / (count * WIDTH)) + 0.5), 1.0), 64.0)
         limit = tl.reshape(tl.broadcast_to(bound.to(tl.int32)[:, None], [TILE, RUNS]), [TILE * RUNS])[:, None]
-        b0, b1, b2, b3 = _stored(a0, limit), _stored(a1, limit), _stored(a2, limit), _stored(a3, limit)
+        stored = _stored(apart, limit)
         lane = tl.arange(0, TILE * RUNS)
         run, block = lane % RUNS, first_block + lane // RUNS
         to = codes + sequence.to(tl.int64) * c_batch + head.to(tl.int64) * c_head
+        quarter = tl.arange(0, PADDED_QUARTER)
         at = (block.to(tl.int64) * c_block + (4 + run) * QUARTER)[:, None] + quarter[None, :]
         inside = ((run < PER_BLOCK) & (block * BLOCK < end))[:, None] & (quarter < QUARTER)[None, :]
         for plane in tl.static_range(4):
-            packed = _bits(b0, plane) | (_bits(b1, plane) << 2) | (_bits(b2, plane) << 4) | (_bits(b3, plane) << 6)
-            tl.store(to + plane * PER_BLOCK * QUARTER + at, packed.to(tl.uint8), mask=inside)
+            tl.store(to + plane * PER_BLOCK * QUARTER + at, _plane(stored, TILE * RUNS, PADDED_QUARTER, plane), inside)
         tile_block = first_block + tl.arange(0, TILE)
         written = tile_block * BLOCK < end
-        at_mean = tile_block.to(tl.int64)[:, None] * c_block + quarter[None, :]
-        inside_mean = written[:, None] & (quarter < QUARTER)[None, :]
-        tl.store(to + at_mean, (m0 + 128).to(tl.uint8), mask=inside_mean)
-        tl.store(to + QUARTER + at_mean, (m1 + 128).to(tl.uint8), mask=inside_mean)
-        tl.store(to + 2 * QUARTER + at_mean, (m2 + 128).to(tl.uint8), mask=inside_mean)
-        tl.store(to + 3 * QUARTER + at_mean, (m3 + 128).to(tl.uint8), mask=inside_mean)
+        at_mean = tile_block.to(tl.int64)[:, None] * c_block + coordinate[None, :]
+        tl.store(to + at_mean, (mean + 128).to(tl.uint8), mask=written[:, None] & (coordinate < 4 * QUARTER)[None, :])
         to_scale = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head
         to_scale += tile_block.to(tl.int64) * s_block
         tl.store(to_scale, scale, mask=written)
@@ -383,7 +374,7 @@ def _sizes(
 def _quarters(width: int) -> dict[str, int]:
     """How the kernels that pack codes of `width` coordinates cut them."""
     quarter = -(-width // 4)
-    return {"QUARTER": quarter, "PADDED_QUARTER": max(16, next_power_of_2(quarter))}
+    return {"QUARTER": quarter, "PADDED_QUARTER": max(4, next_power_of_2(quarter))}
 
 
 def sketch_keys(
@@ -478,6 +469,8 @@ def sketch_step(
     heads, width = query.shape[1], matrix.shape[1]
     packed = _empty(batch, 1, heads, 1, width, query.device)
     sizes = _sizes(block_size, key_sub_block, 1, head_dim, width, STEP_LAUNCH)
+    if sizes["RUNS"] > STEP_LAUNCH.lanes or batch * kv_heads <= MOST_OVERLAPPED:
+        sizes["num_warps"] = MOST_STEP_WARPS
     group = heads // kv_heads
     _sketch_step[(2 * kv_heads, batch)](
         key, layout.key_index, query, layout.query_index, layout.past, layout.length, matrix, codes, scales,
