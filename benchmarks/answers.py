@@ -1,6 +1,6 @@
 """Answers given token by token: sparse prompts with dense steps and with sparse steps, with and without a memory.
 
-    python benchmarks/answers.py --tokens 3952,3968,3984,4000 --samples 32 --out benchmarks/results/answers_smollm2.json
+    python benchmarks/answers.py --out benchmarks/results/answers_smollm2.json
 
 A step's query is one token, so that nothing of the answer helps a prompt's last block to choose. Prompts of several
 lengths end at several places of their last block. Every row is paired, sample by sample, with dense steps after the
@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "0.2": {"density": 0.2},
     "0.2, tail of 4": {"density": 0.2, "dense_tail_blocks": 4},
     "0.1, tail of 4": {"density": 0.1, "dense_tail_blocks": 4},
+    "0.2, blocks of 128, tail of 2": {"density": 0.2, "block_size": 128, "dense_tail_blocks": 2},
 }
 ROWS: list[tuple[str, str, dict[str, Any], str]] = [
     *(
@@ -130,10 +131,10 @@ def main() -> None:
     """Measure or join, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", default="3952,3968,3984,4000")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--texts", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--tokens", default="3944,3952,3960,3968,3976,3984,3992,4000")
+    parser.add_argument("--samples", type=int, default=12)
+    parser.add_argument("--texts", type=int, default=2)
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--merge", type=Path, nargs="*", help="files of earlier runs to join instead of measuring")
     args = parser.parse_args()
     if args.merge:

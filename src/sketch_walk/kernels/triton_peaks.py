@@ -21,7 +21,6 @@ from sketch_walk.kernels.triton_sketch import PackedQueries
 from sketch_walk.kernels.triton_tiles import (
     HIDDEN,
     LOG2_E,
-    MOST_OVERLAPPED,
     await_previous,
     dependent,
     device_of,
@@ -65,18 +64,10 @@ class StepLaunch(NamedTuple):
     """Sub-keys and warps of a program of the decode kernel, and registers of a thread as in `PeakLaunch`."""
 
     sub_keys: int = 256
-    num_warps: int = 4
-    max_registers: int | None = None
+    num_warps: int = 2
+    max_registers: int | None = 128
 
 
-# By whether a block holds many sub-keys, and whether the step has many sequence x head pairs (measured on an H100).
-MANY_SUB_KEYS = 16
-STEP_LAUNCHES = {
-    (False, False): StepLaunch(256, 4),
-    (False, True): StepLaunch(256, 4),
-    (True, False): StepLaunch(128, 2),
-    (True, True): StepLaunch(256, 2),
-}
 # Blocks of a row whose scratch is turned into scores at a time.
 CHUNK = 64
 
@@ -482,7 +473,7 @@ def decode_peaks(
     """
     batch, _, heads, _, columns = queries.codes.shape
     kv_heads, blocks = codes.shape[1], codes.shape[2]
-    launch = launch or STEP_LAUNCHES[per_block > MANY_SUB_KEYS, batch * kv_heads > MOST_OVERLAPPED]
+    launch = launch or StepLaunch()
     quarter = codes.shape[3] // (4 * (1 + per_block))
     group = heads // kv_heads
     tile_blocks = max(1, launch.sub_keys // per_block)
