@@ -45,7 +45,10 @@ VARIANTS = {
     "64x128, 4 warps, 4 stages": PeakLaunch(num_stages=4, per_processor=3),
     "128x128, 8 warps, 128 registers": PeakLaunch(rows=128, num_warps=8, per_processor=2),
 }
-STEP_VARIANTS = [StepLaunch(*sizes) for sizes in ((256, 4), (512, 4), (512, 8), (128, 4), (128, 2), (1024, 8))]
+STEP_VARIANTS = [
+    StepLaunch(),
+    *(StepLaunch(*sizes) for sizes in ((256, 2, None), (256, 4, None), (512, 4, 168), (128, 2, 96), (128, 2, None))),
+]
 CASES: list[tuple[int, int, int, int, int, int, dict[str, Any]]] = [
     (2, 4, 2, 3000, 0, 64, {}),
     (1, 32, 8, 4000, 777, 128, {}),
@@ -185,7 +188,8 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> Part:
         key_sub_block=4,
     )  # fmt: skip
     for launch in STEP_VARIANTS:
-        name = f"peaks, {launch.sub_keys} sub-keys, {launch.num_warps} warps"
+        registers = "" if launch.max_registers is None else f", {launch.max_registers} registers"
+        name = f"peaks, {launch.sub_keys} sub-keys, {launch.num_warps} warps{registers}"
         stages.add_graph(name, partial(peaks, launch=launch))
     scores = partial(call_scores, state, query, layout, SCALE)
     stages.add_graph("call_scores", scores)

@@ -180,7 +180,8 @@ def peaks(target: Target, per_head: bool) -> int:
     }  # fmt: skip
     limit = {} if hip or launch.max_registers is None else {"maxnreg": launch.max_registers}
     unpack = {**PACKED, "TILE_BLOCKS": tile_blocks}
-    step_blocks = triton_peaks.StepLaunch().sub_keys // PER_BLOCK
+    step_launch = triton_peaks.StepLaunch()
+    step_blocks, step_limit = step_launch.sub_keys // PER_BLOCK, {} if hip else {"maxnreg": step_launch.max_registers}
     step = {
         **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": step_blocks, "MEANS": max(16, step_blocks), "KEY_SUB": 4,
         "WIDEN": False, "ASM": not hip,
@@ -188,7 +189,7 @@ def peaks(target: Target, per_head: bool) -> int:
     return (
         compile_for(triton_peaks._peaks, constants, target, launch.num_warps, launch.num_stages, **limit)
         + compile_for(triton_peaks._unpack, unpack, target, pointers={"output": "*i8"})
-        + compile_for(triton_peaks._decode_peaks, step, target, triton_peaks.StepLaunch().num_warps)
+        + compile_for(triton_peaks._decode_peaks, step, target, step_launch.num_warps, **step_limit)
     )
 
 

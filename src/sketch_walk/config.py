@@ -110,7 +110,8 @@ class SketchWalkConfig:
     density_excludes_forced : bool
         Count `density` over the blocks that are neither sink nor local, on top of those.
     key_sketch_bits : int
-        8 stores key sketches as 8-bit codes with one float32 scale per block; 16 stores them in the model's dtype.
+        8 stores key sketches as 8-bit codes, apart from their block's mean, with two float32 numbers per block; 16
+        stores them in the model's dtype.
     dense_below : int, optional
         Calls over fewer tokens run dense attention. None takes the measured crossover of the device; 0 is never.
 
