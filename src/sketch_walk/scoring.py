@@ -104,7 +104,7 @@ def call_scores(
 ) -> Float[Tensor, "batch selections rows blocks"]:
     """Block scores for the call's query blocks, from the call's queries; worked in slices of rows.
 
-    A call of one query per sequence reads the outlines of 8-bit key sketches, a fourth of what is stored.
+    A call of one query per sequence reads means and outlines of 8-bit key sketches, less than a third of them.
     """
     config, size = state.config, state.config.block_size
     batch, heads, num_queries, head_dim = query.shape

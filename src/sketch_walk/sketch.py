@@ -36,7 +36,8 @@ class KeySketch(NamedTuple):
     With 8 bits a sub-key's code is kept as its difference from the mean code of the block, which is what tells the
     block's sub-keys apart: in one byte, side of the mean (1 bit), beyond the block's bound or not (1), steps from the
     mean or from the bound (6). Side and bound alone are an outline of the code, nearly the best of two bits, for the
-    bound is the root mean square of the differences: a decode step reads means and outlines, a fourth of the bytes.
+    bound is the root mean square of the differences: a decode step reads means and outlines, less than a third of the
+    bytes.
 
     Parameters
     ----------

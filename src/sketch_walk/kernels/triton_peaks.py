@@ -468,7 +468,7 @@ def decode_peaks(
 ) -> Float[Tensor, "batch heads blocks"]:
     """Best logit of every block for the one query of every sequence, in units of log 2; -inf where no key is.
 
-    Reads a fourth of the key sketches: means and outlines. `after_step`: the kernel in front is that of
+    Reads means and outlines of the key sketches. `after_step`: the kernel in front is that of
     `triton_sketch.sketch_step`, with these queries, codes and scales; this one may then start before that has ended.
     """
     batch, _, heads, _, columns = queries.codes.shape
