@@ -46,8 +46,8 @@ def test_sparsity_prints_promise_and_truth(run) -> None:
     assert "founding formula 1 - k·B/n 98.4 %" in result.flat
     assert "causal blocks read, whole prompt 3.1 %" in result.flat
     assert "dense, O(n²·d) 35.2 TFLOP 1.1 PFLOP" in result.flat
-    assert "selector state 8.4 MB 253 MB" in result.flat
-    assert "key sketches 8.4 MB" in result.flat
+    assert "selector state 9.0 MB 269 MB" in result.flat
+    assert "key sketches 9.0 MB" in result.flat
     assert "transition rows 0 B" in result.flat
     assert "founding estimate at 65,536 tokens 5.5 MB" in result.flat
     assert "warning: at 65,536 tokens the last query block reads 16 of 1,024 blocks (1.6%)" in result.flat
