@@ -83,10 +83,65 @@ def _tokens(
 
 
 @triton.jit
+def _block_sums(lanes, TILE: tl.constexpr, RUNS: tl.constexpr, LONE: tl.constexpr):
+    """Sums [TILE] or [TILE, columns] over the RUNS lanes of each block of `lanes`, whose first axis is TILE * RUNS.
+
+    LONE: of the only block, without the first axis. What is not reshaped keeps its layout, and a program that runs
+    alone has nothing else to do while a layout changes.
+    """
+    if LONE:
+        sums = tl.sum(lanes, 0)
+    elif len(lanes.shape) == 1:
+        sums = tl.sum(tl.reshape(lanes, [TILE, RUNS]), 1)
+    else:
+        sums = tl.sum(tl.reshape(lanes, [TILE, RUNS, lanes.shape[1]]), 1)
+    return sums
+
+
+@triton.jit
+def _of_lanes(blocks, TILE: tl.constexpr, RUNS: tl.constexpr, LONE: tl.constexpr):
+    """What is known of each block [TILE], for each of its lanes."""
+    if not LONE:
+        blocks = tl.reshape(tl.broadcast_to(blocks[:, None], [TILE, RUNS]), [TILE * RUNS])
+    return blocks
+
+
+@triton.jit
+def _row_of_lanes(rows, TILE: tl.constexpr, RUNS: tl.constexpr, LONE: tl.constexpr):
+    """A row for each block [TILE, columns], for each of its lanes."""
+    if LONE:
+        rows = rows[None, :]
+    else:
+        COLUMNS: tl.constexpr = rows.shape[1]
+        rows = tl.reshape(tl.broadcast_to(rows[:, None, :], [TILE, RUNS, COLUMNS]), [TILE * RUNS, COLUMNS])
+    return rows
+
+
+@triton.jit
+def _column(x, LONE: tl.constexpr):
+    """A number of each block or lane, to go with rows."""
+    return x if LONE else x[:, None]
+
+
+@triton.jit
+def _row(x, LONE: tl.constexpr):
+    """A number of each column, to go with rows."""
+    return x if LONE else x[None, :]
+
+
+@triton.jit
+def _block_numbers(first, TILE: tl.constexpr, LONE: tl.constexpr):
+    """Numbers of a tile's blocks."""
+    if not LONE:
+        first += tl.arange(0, TILE)
+    return first
+
+
+@triton.jit
 def _pooled(
     base, index, sequence, start, first_slot, end, token_stride, num_index, dim, salience, contrast,
     TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, SUB: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, UNROLL: tl.constexpr,
+    PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, UNROLL: tl.constexpr, LONE: tl.constexpr,
 ):  # fmt: skip
     """Runs of SUB tokens as one vector each [TILE * RUNS, PADDED_DIM], and which of them hold a real token.
 
@@ -94,29 +149,30 @@ def _pooled(
     the second time from a cache: the weights within a run need the block's mean and spread. UNROLL tokens of every run
     are in flight at once: registers for time, where few programs run.
     """
+    BLOCK: tl.constexpr = PER_BLOCK * SUB
     lane = tl.arange(0, TILE * RUNS)
     inside = lane % RUNS < PER_BLOCK
-    rank = start + (lane // RUNS) * (PER_BLOCK * SUB) + (lane % RUNS) * SUB
+    rank = start + (lane // RUNS) * BLOCK + (lane % RUNS) * SUB
+    filled = (tl.minimum(rank + SUB, end) > tl.maximum(rank, first_slot)) & inside
     total = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
     squares = tl.zeros([TILE * RUNS], tl.float32)
-    count = tl.zeros([TILE * RUNS], tl.float32)
     for step in tl.range(0, SUB, loop_unroll_factor=UNROLL):
-        tokens, real = _tokens(
+        tokens, _ = _tokens(
             base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
         )
         total += tokens
         squares += tl.sum(tokens * tokens, 1)
-        count += real.to(tl.float32)
     if SUB == 1:
-        return total, count > 0.0
-    block_count = tl.maximum(tl.sum(tl.reshape(count, [TILE, RUNS]), 1), 1.0)
-    centre = tl.sum(tl.reshape(total, [TILE, RUNS, PADDED_DIM]), 1) / block_count[:, None]
-    square = tl.sum(tl.reshape(squares, [TILE, RUNS]), 1) / block_count
+        return total, filled
+    block_start = _block_numbers(start // BLOCK, TILE, LONE) * BLOCK
+    count = tl.minimum(block_start + BLOCK, end) - tl.maximum(block_start, first_slot)
+    count = tl.maximum(count, 1).to(tl.float32)
+    centre = _block_sums(total, TILE, RUNS, LONE) / _column(count, LONE)
+    square = _block_sums(squares, TILE, RUNS, LONE) / count
     # A difference of near equals: below a millionth of the square it is rounding, and so is what it weighs.
-    spread = tl.maximum(square - tl.sum(centre * centre, 1), square * 1e-6)
-    unit = salience / tl.maximum(spread, 1.0e-30)
-    centre = tl.reshape(tl.broadcast_to(centre[:, None, :], [TILE, RUNS, PADDED_DIM]), [TILE * RUNS, PADDED_DIM])
-    unit = tl.reshape(tl.broadcast_to(unit[:, None], [TILE, RUNS]), [TILE * RUNS])
+    spread = tl.maximum(square - tl.sum(centre * centre, 0 if LONE else 1), square * 1e-6)
+    unit = _of_lanes(salience / tl.maximum(spread, 1.0e-30), TILE, RUNS, LONE)
+    centre = _row_of_lanes(centre, TILE, RUNS, LONE)
     top = tl.full([TILE * RUNS], HIDDEN, tl.float32)
     weights = tl.zeros([TILE * RUNS], tl.float32)
     deviation = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
@@ -133,18 +189,32 @@ def _pooled(
         deviation = deviation * shrink[:, None] + weight[:, None] * apart
         top = now
     pooled = centre + (contrast / tl.maximum(weights, 1.1754944e-38))[:, None] * deviation
-    filled = count > 0.0
     return tl.where(filled[:, None], pooled, 0.0), filled
 
 
 @triton.jit
-def _rotate(pooled, matrix, dim, column, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """pooled [rows, PADDED_DIM] times columns `column` of the sketch matrix [HEAD_DIM, WIDTH]."""
-    part = tl.load(
+def _matrix(matrix, dim, column, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns `column` of the sketch matrix [HEAD_DIM, WIDTH], zeros outside."""
+    return tl.load(
         matrix + dim[:, None] * WIDTH + column[None, :],
         mask=(dim < HEAD_DIM)[:, None] & (column < WIDTH)[None, :],
         other=0.0,
     )
+
+
+@triton.jit
+def _coordinates(QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr):
+    """Quarters of the coordinates side by side, each padded to a power of two with one that is none."""
+    column = tl.arange(0, 4 * PADDED_QUARTER)
+    if PADDED_QUARTER > QUARTER:
+        within = column % PADDED_QUARTER
+        column = tl.where(within < QUARTER, column // PADDED_QUARTER * QUARTER + within, 4 * QUARTER)
+    return column
+
+
+@triton.jit
+def _rotate(pooled, part):
+    """pooled [rows, PADDED_DIM] times columns of the sketch matrix."""
     if part.dtype == tl.float32:
         return tl.dot(pooled, part, input_precision="ieee")
     return tl.dot(pooled.to(part.dtype), part)
@@ -167,66 +237,66 @@ def _stored(apart, bound):
 
 
 @triton.jit
-def _plane(stored, LANES: tl.constexpr, QUARTERS: tl.constexpr, PLANE: tl.constexpr):
-    """A plane's bytes [LANES, QUARTERS] of bytes [LANES, 4 * QUARTERS]: two bits of each quarter's coordinates."""
+def _planes(stored, LANES: tl.constexpr, QUARTERS: tl.constexpr):
+    """Bytes [LANES, QUARTERS] of all four planes, the first one's lowest, of bytes [LANES, 4 * QUARTERS]: of each, two
+    bits of each quarter's coordinates.
+    """
+    pairs = (stored >> 6) | (((stored >> 4) & 3) << 8) | (((stored >> 2) & 3) << 16) | ((stored & 3) << 24)
     quarter = tl.arange(0, 4)[None, :, None]
-    bits = tl.reshape((stored >> (6 - 2 * PLANE)) & 3, [LANES, 4, QUARTERS])
-    return tl.sum(bits << (2 * quarter), 1).to(tl.uint8)
+    return tl.sum(tl.reshape(pairs, [LANES, 4, QUARTERS]) << (2 * quarter), 1)
 
 
 @triton.jit
 def _sketch_blocks(
-    key, key_index, length, matrix, codes, scales, first_block, head, sequence,
+    key, key_index, end, matrix, part, codes, scales, first_block, head, sequence,
     k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
     INDEXED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of TILE blocks of one head."""
-    end = tl.load(length + sequence).to(tl.int32)
+    """Codes and scales of TILE blocks of one head of a sequence of `end` tokens.
+
+    `part` is the matrix where it is already there.
+    """
+    LONE: tl.constexpr = TILE == 1 and UNROLL > 1
     if first_block * BLOCK < end:
         dim = tl.arange(0, PADDED_DIM)
+        coordinate = _coordinates(QUARTER, PADDED_QUARTER)
         base = key + sequence.to(tl.int64) * k_batch + head.to(tl.int64) * k_head
+        SUB: tl.constexpr = BLOCK // PER_BLOCK
         pooled, real = _pooled(
             base, key_index, sequence, first_block * BLOCK, 0, end, k_token, num_keys, dim, salience, 1.0,
-            TILE, RUNS, PER_BLOCK, BLOCK // PER_BLOCK, HEAD_DIM, PADDED_DIM, INDEXED, UNROLL,
+            TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED, UNROLL, LONE,
         )  # fmt: skip
-        # Quarters of the coordinates side by side, each padded to a power of two.
-        COLUMNS: tl.constexpr = 4 * PADDED_QUARTER
-        column = tl.arange(0, COLUMNS)
-        coordinate = column
-        if PADDED_QUARTER > QUARTER:
-            within = column % PADDED_QUARTER
-            coordinate = tl.where(within < QUARTER, column // PADDED_QUARTER * QUARTER + within, 4 * QUARTER)
-        values = _rotate(pooled, matrix, dim, coordinate, HEAD_DIM, WIDTH)
-        count = tl.maximum(tl.sum(tl.reshape(real.to(tl.float32), [TILE, RUNS]), 1), 1.0)
-        squares = tl.sum(tl.reshape(tl.sum(values * values, 1), [TILE, RUNS]), 1)
+        columns = _matrix(matrix, dim, coordinate, HEAD_DIM, WIDTH) if part is None else part
+        values = _rotate(pooled, columns)
+        block = _block_numbers(first_block, TILE, LONE)
+        tokens = tl.minimum(tl.maximum(end - block * BLOCK, 1), BLOCK)
+        count = ((tokens + SUB - 1) // SUB).to(tl.float32)
+        squares = _block_sums(tl.sum(values * values, 1), TILE, RUNS, LONE)
         scale = tl.maximum(tl.sqrt(squares / (count * WIDTH)) * step_of_spread, 1.1754944e-38)
-        steps = tl.reshape(tl.broadcast_to((1.0 / scale)[:, None], [TILE, RUNS]), [TILE * RUNS])[:, None]
-        code = _code(values, steps)
-        total = tl.sum(tl.reshape(tl.where(real[:, None], code, 0), [TILE, RUNS, COLUMNS]), 1)
-        mean = tl.floor(total.to(tl.float32) / count[:, None] + 0.5).to(tl.int32)
-        of_lane = tl.broadcast_to(mean[:, None, :], [TILE, RUNS, COLUMNS])
-        apart = code - tl.reshape(of_lane, [TILE * RUNS, COLUMNS])
-        squares = tl.where(real, tl.sum(apart * apart, 1), 0)
-        squares = tl.sum(tl.reshape(squares, [TILE, RUNS]), 1).to(tl.float32)
+        code = _code(values, _column(_of_lanes(1.0 / scale, TILE, RUNS, LONE), LONE))
+        total = _block_sums(tl.where(real[:, None], code, 0), TILE, RUNS, LONE)
+        mean = tl.floor(total.to(tl.float32) / _column(count, LONE) + 0.5).to(tl.int32)
+        apart = code - _row_of_lanes(mean, TILE, RUNS, LONE)
+        squares = _block_sums(tl.where(real, tl.sum(apart * apart, 1), 0), TILE, RUNS, LONE).to(tl.float32)
         bound = tl.minimum(tl.maximum(tl.floor(tl.sqrt(squares / (count * WIDTH)) + 0.5), 1.0), 64.0)
-        limit = tl.reshape(tl.broadcast_to(bound.to(tl.int32)[:, None], [TILE, RUNS]), [TILE * RUNS])[:, None]
-        stored = _stored(apart, limit)
+        stored = _stored(apart, _column(_of_lanes(bound.to(tl.int32), TILE, RUNS, LONE), LONE))
+        planes = _planes(stored, TILE * RUNS, PADDED_QUARTER)
         lane = tl.arange(0, TILE * RUNS)
-        run, block = lane % RUNS, first_block + lane // RUNS
+        run, of_lane = lane % RUNS, first_block + lane // RUNS
         to = codes + sequence.to(tl.int64) * c_batch + head.to(tl.int64) * c_head
         quarter = tl.arange(0, PADDED_QUARTER)
-        at = (block.to(tl.int64) * c_block + (4 + run) * QUARTER)[:, None] + quarter[None, :]
-        inside = ((run < PER_BLOCK) & (block * BLOCK < end))[:, None] & (quarter < QUARTER)[None, :]
-        for plane in tl.static_range(4):
-            tl.store(to + plane * PER_BLOCK * QUARTER + at, _plane(stored, TILE * RUNS, PADDED_QUARTER, plane), inside)
-        tile_block = first_block + tl.arange(0, TILE)
-        written = tile_block * BLOCK < end
-        at_mean = tile_block.to(tl.int64)[:, None] * c_block + coordinate[None, :]
-        tl.store(to + at_mean, (mean + 128).to(tl.uint8), mask=written[:, None] & (coordinate < 4 * QUARTER)[None, :])
-        to_scale = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head
-        to_scale += tile_block.to(tl.int64) * s_block
+        at = (of_lane.to(tl.int64) * c_block + (4 + run) * QUARTER)[:, None] + quarter[None, :]
+        inside = ((run < PER_BLOCK) & (of_lane * BLOCK < end))[:, None] & (quarter < QUARTER)[None, :]
+        plane = tl.arange(0, 4)[None, :, None]
+        at = at[:, None, :] + plane * PER_BLOCK * QUARTER
+        tl.store(to + at, (planes[:, None, :] >> (8 * plane)).to(tl.uint8), mask=inside[:, None, :] & (plane >= 0))
+        written = block * BLOCK < end
+        at_mean = _column(block.to(tl.int64), LONE) * c_block + _row(coordinate, LONE)
+        mean_written = _column(written, LONE) & _row(coordinate < 4 * QUARTER, LONE)
+        tl.store(to + at_mean, (mean + 128).to(tl.uint8), mask=mean_written)
+        to_scale = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head + block.to(tl.int64) * s_block
         tl.store(to_scale, scale, mask=written)
         tl.store(to_scale + 1, bound, mask=written)
 
@@ -249,8 +319,9 @@ def _sketch_keys(
     """Codes and scales of TILE blocks of one head, counted from the sequence's first open one."""
     head, sequence = tl.program_id(1), tl.program_id(2)
     first_block = tl.load(past + sequence).to(tl.int32) // BLOCK + tl.program_id(0) * TILE
+    end = tl.load(length + sequence).to(tl.int32)
     _sketch_blocks(
-        key, key_index, length, matrix, codes, scales, first_block, head, sequence,
+        key, key_index, end, matrix, None, codes, scales, first_block, head, sequence,
         k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block,
         num_keys, step_of_spread, salience,
         BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, QUARTER, PADDED_QUARTER, INDEXED, 1,
@@ -275,10 +346,10 @@ def _sketch_queries(
     base = query + sequence.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
     pooled, real = _pooled(
         base, query_index, sequence, start, seen, end, q_token, num_queries, dim, salience, contrast,
-        TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED, 1,
+        TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED, 1, False,
     )  # fmt: skip
     column = tl.arange(0, COLUMNS)
-    values = _rotate(pooled, matrix, dim, column, HEAD_DIM, WIDTH)
+    values = _rotate(pooled, _matrix(matrix, dim, column, HEAD_DIM, WIDTH))
     lane = tl.arange(0, TILE * RUNS)
     run = tl.arange(0, RUNS)
     of_block = tl.broadcast_to((run < PER_BLOCK)[None, :], [TILE, RUNS])
@@ -320,35 +391,38 @@ def _sketch_step(
     num_keys, kv_heads, step_of_spread, salience,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, INDEXED: tl.constexpr, UNROLL: tl.constexpr,
-    PDL: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, INDEXED: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One new token per sequence: its block of one head, or the queries of one group of heads."""
+    COLUMNS: tl.constexpr = 4 * PADDED_QUARTER
     # Launched the ordinary way: all that came before has ended.
     release_next(PDL)
     task, sequence = tl.program_id(0), tl.program_id(1)
-    seen = tl.load(past + sequence).to(tl.int32)
+    seen, end = tl.load(past + sequence).to(tl.int32), tl.load(length + sequence).to(tl.int32)
+    dim, column = tl.arange(0, PADDED_DIM), tl.arange(0, COLUMNS)
+    # Before anything waits. Queries have as many columns as codes.
+    part = _matrix(
+        matrix, dim, tl.where(task < kv_heads, _coordinates(QUARTER, PADDED_QUARTER), column), HEAD_DIM, WIDTH
+    )
     if task < kv_heads:
         _sketch_blocks(
-            key, key_index, length, matrix, codes, scales, seen // BLOCK, task, sequence, k_batch, k_head, k_token,
+            key, key_index, end, matrix, part, codes, scales, seen // BLOCK, task, sequence, k_batch, k_head, k_token,
             c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
             BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, QUARTER, PADDED_QUARTER, INDEXED, UNROLL,
         )  # fmt: skip
     else:
         lane = tl.arange(0, LANES)
-        real = (lane < GROUP) & (seen < tl.load(length + sequence))
+        real = (lane < GROUP) & (seen < end)
         head = (task - kv_heads) * GROUP + lane
         at = sequence.to(tl.int64) * q_batch
         if INDEXED:
             at += tl.load(query_index + sequence) * q_token
-        dim = tl.arange(0, PADDED_DIM)
         queries = tl.load(
             query + at + head.to(tl.int64)[:, None] * q_head + dim[None, :],
             mask=real[:, None] & (dim < HEAD_DIM)[None, :],
             other=0.0,
         )
-        column = tl.arange(0, COLUMNS)
-        rounded, scale = _round_queries(_rotate(queries.to(tl.float32), matrix, dim, column, HEAD_DIM, WIDTH))
+        rounded, scale = _round_queries(_rotate(queries.to(tl.float32), part))
         slot = (sequence.to(tl.int64) * kv_heads + task - kv_heads) * GROUP
         inside = (lane < GROUP)[:, None] & (column >= 0)[None, :]
         tl.store(query_codes + slot * COLUMNS + (lane[:, None] * COLUMNS + column[None, :]), rounded, mask=inside)
@@ -374,7 +448,7 @@ def _sizes(
 def _quarters(width: int) -> dict[str, int]:
     """How the kernels that pack codes of `width` coordinates cut them."""
     quarter = -(-width // 4)
-    return {"QUARTER": quarter, "PADDED_QUARTER": max(4, next_power_of_2(quarter))}
+    return {"QUARTER": quarter, "PADDED_QUARTER": max(8, next_power_of_2(quarter))}
 
 
 def sketch_keys(
@@ -476,7 +550,7 @@ def sketch_step(
         key, layout.key_index, query, layout.query_index, layout.past, layout.length, matrix, codes, scales,
         packed.codes, packed.scales, *key.stride()[:3], *query.stride()[:3], *codes.stride()[:3],
         *scales.stride()[:3], num_keys, kv_heads, step, salience,
-        **sizes, **_quarters(width), COLUMNS=packed.codes.shape[-1], GROUP=group,
+        **sizes, **_quarters(width), GROUP=group,
         LANES=max(16, next_power_of_2(group)), INDEXED=layout.key_index is not None,
         UNROLL=min(MOST_UNROLLED, key_sub_block), PDL=overlaps(key.device, batch * kv_heads),
     )  # fmt: skip
