@@ -184,12 +184,13 @@ def peaks(target: Target, per_head: bool) -> int:
     step_blocks, step_limit = step_launch.sub_keys // PER_BLOCK, {} if hip else {"maxnreg": step_launch.max_registers}
     step = {
         **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": step_blocks, "MEANS": max(16, step_blocks), "KEY_SUB": 4,
-        "WIDEN": False, "ASM": not hip,
+        "WIDEN": False, "ASM": not hip, "STAGES": step_launch.num_stages,
     }  # fmt: skip
     return (
         compile_for(triton_peaks._peaks, constants, target, launch.num_warps, launch.num_stages, **limit)
         + compile_for(triton_peaks._unpack, unpack, target, pointers={"output": "*i8"})
         + compile_for(triton_peaks._decode_peaks, step, target, step_launch.num_warps, **step_limit)
+        + compile_for(triton_peaks._decode_peaks, step | {"PDL": False}, target, step_launch.num_warps, **step_limit)
     )
 
 

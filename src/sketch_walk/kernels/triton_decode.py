@@ -152,9 +152,15 @@ def _decode(
     release_next(PDL and not WHOLE)
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     selection = kv_head if PER_HEAD else 0
+    # What is needed first in one trip to memory: the first block's number may turn out to be none.
+    first = split * BLOCKS * BLOCK
+    page = indices
+    if indices is not None:
+        page += sequence.to(tl.int64) * i_batch + selection * i_head
+    ONE_BLOCK: tl.constexpr = KEYS <= BLOCK
+    if ONE_BLOCK:
+        block = _block_of(page, first, first + 1, BLOCK)
     count = _num_selected(counts, length, sequence, selection, c_batch, c_head, BLOCK)
-    if (split * BLOCKS >= count) and (not WHOLE):
-        return
     end = tl.load(length + sequence).to(tl.int32)
     lane = tl.arange(0, LANES)
     real = lane < GROUP
@@ -162,11 +168,10 @@ def _decode(
     inside = real[:, None] & (dim < HEAD_DIM)[None, :]
     head = (kv_head * GROUP + lane).to(tl.int64)
     queries = load_lanes(query, sequence.to(tl.int64) * q_batch + head * q_head, dim, real, HEAD_DIM, WIDEN)
+    if (split * BLOCKS >= count) and (not WHOLE):
+        return
     key += sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     value += sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
-    page = indices
-    if indices is not None:
-        page += sequence.to(tl.int64) * i_batch + selection * i_head
     if PAGE > 0:
         table += sequence.to(tl.int64) * t_batch
 
@@ -174,12 +179,8 @@ def _decode(
     best = tl.full([LANES], HIDDEN, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     column = tl.arange(0, KEYS)
-    first = split * BLOCKS * BLOCK
     last = tl.minimum(count, (split + 1) * BLOCKS) * BLOCK
     # The number of a block that all keys of a step share is loaded one step ahead.
-    ONE_BLOCK: tl.constexpr = KEYS <= BLOCK
-    if ONE_BLOCK:
-        block = _block_of(page, first, last, BLOCK)
     for start in tl.range(first, last, KEYS, num_stages=STAGES):
         slot = start + column
         if not ONE_BLOCK:
@@ -230,6 +231,23 @@ def _decode(
 
 
 @triton.jit
+def _merged_total(partial, start, num_slots, used, num_splits, HEAD_DIM: tl.constexpr, MERGED: tl.constexpr):
+    """Greatest logit [1] and total [1] over all splits of one head."""
+    peaks = partial + num_slots * HEAD_DIM + start
+    best = tl.full([1], HIDDEN, tl.float32)
+    total = tl.zeros([1], tl.float32)
+    for first in tl.range(0, num_splits, MERGED, num_stages=1):
+        split = first + tl.arange(0, MERGED)
+        peak = tl.load(peaks + split, mask=split < num_splits, other=HIDDEN)
+        share = tl.load(peaks + num_slots + split, mask=split < num_splits, other=0.0)
+        peak, share = tl.where(split < used, peak, HIDDEN), tl.where(split < used, share, 0.0)
+        now = tl.maximum(best, tl.max(peak, 0))
+        total = total * tl.exp2(best - now) + tl.sum(share * tl.exp2(peak - now), 0)
+        best = now
+    return best, total
+
+
+@triton.jit
 def _remember(
     memory, indices, masses, normaliser, count,
     UNITS: tl.constexpr, BLOCKS: tl.constexpr,
@@ -248,47 +266,56 @@ def _remember(
 @triton.jit(do_not_specialize=["num_splits", "i_batch", "i_head", "c_batch", "c_head"])
 def _merge(
     partial, output, masses, memory, indices, counts, past, length,
-    o_batch, o_head, i_batch, i_head, c_batch, c_head, m_batch, m_head, num_splits,
+    o_batch, o_head, i_batch, i_head, c_batch, c_head, m_batch, m_head, num_heads, num_splits,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MERGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Output of one head of one sequence from the partial results of its splits; 0 where there are none.
 
-    With a `memory`, its shares of the blocks too, UNITS of `masses` each, unless the sequence has no new token.
+    With a `memory` there are twice as many programs: the second half notes the shares of the blocks, UNITS of `masses`
+    each, unless the sequence has no new token. PDL: the kernel in front is `_decode`, which writes `partial` and
+    `masses` alone. Nothing waits for `count`: splits without a result are read, and taken for none.
     """
-    await_previous(PDL)
-    head, sequence = tl.program_id(0), tl.program_id(1)
+    head, sequence = tl.program_id(0) % num_heads, tl.program_id(1)
     selection = head // GROUP if PER_HEAD else 0
     count = _num_selected(counts, length, sequence, selection, c_batch, c_head, BLOCK)
-    used = (count + BLOCKS - 1) // BLOCKS
-    start = (sequence.to(tl.int64) * tl.num_programs(0) + head) * num_splits
-    num_slots = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * num_splits
-    peaks = partial + num_slots * HEAD_DIM + start
-    dim = tl.arange(0, PADDED_DIM)
-    acc = tl.zeros([PADDED_DIM], tl.float32)
-    best = tl.full([1], HIDDEN, tl.float32)
-    total = tl.zeros([1], tl.float32)
-    for first in tl.range(0, used, MERGED, num_stages=1):
-        split = first + tl.arange(0, MERGED)
-        peak = tl.load(peaks + split, mask=split < used, other=HIDDEN)
-        share = tl.load(peaks + num_slots + split, mask=split < used, other=0.0)
-        inside = (split < used)[:, None] & (dim < HEAD_DIM)[None, :]
-        parts = tl.load(partial + (start + split)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
-        now = tl.maximum(best, tl.max(peak, 0))
-        shrink = tl.exp2(best - now)
-        weight = tl.exp2(peak - now)
-        total = total * shrink + tl.sum(share * weight, 0)
-        acc = acc * shrink + tl.sum(parts * weight[:, None], 0)
-        best = now
-    result = acc / tl.where(total > 0, total, 1.0)
-    to = sequence.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
-    tl.store(output + to + dim, result.to(output.dtype.element_ty), mask=dim < HEAD_DIM)
+    noted = 0
     if memory is not None:
         noted = tl.where(tl.load(past + sequence) < tl.load(length + sequence), count, 0)
+    await_previous(PDL)
+    used = (count + BLOCKS - 1) // BLOCKS
+    start = (sequence.to(tl.int64) * num_heads + head) * num_splits
+    num_slots = tl.num_programs(1).to(tl.int64) * num_heads * num_splits
+    if tl.program_id(0) < num_heads:
+        peaks = partial + num_slots * HEAD_DIM + start
+        dim = tl.arange(0, PADDED_DIM)
+        acc = tl.zeros([PADDED_DIM], tl.float32)
+        best = tl.full([1], HIDDEN, tl.float32)
+        total = tl.zeros([1], tl.float32)
+        for first in tl.range(0, num_splits, MERGED, num_stages=1):
+            split = first + tl.arange(0, MERGED)
+            there, kept = split < num_splits, split < used
+            peak = tl.load(peaks + split, mask=there, other=HIDDEN)
+            share = tl.load(peaks + num_slots + split, mask=there, other=0.0)
+            inside = there[:, None] & (dim < HEAD_DIM)[None, :]
+            parts = tl.load(partial + (start + split)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+            peak, share = tl.where(kept, peak, HIDDEN), tl.where(kept, share, 0.0)
+            parts = tl.where(kept[:, None], parts, 0.0)
+            now = tl.maximum(best, tl.max(peak, 0))
+            shrink = tl.exp2(best - now)
+            weight = tl.exp2(peak - now)
+            total = total * shrink + tl.sum(share * weight, 0)
+            acc = acc * shrink + tl.sum(parts * weight[:, None], 0)
+            best = now
+        result = acc / tl.where(total > 0, total, 1.0)
+        to = sequence.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
+        tl.store(output + to + dim, result.to(output.dtype.element_ty), mask=dim < HEAD_DIM)
+    elif memory is not None:
+        best, total = _merged_total(partial, start, num_slots, used, num_splits, HEAD_DIM, MERGED)
         _remember(
             memory + sequence.to(tl.int64) * m_batch + selection * m_head,
             indices + sequence.to(tl.int64) * i_batch + selection * i_head,
-            masses + (sequence.to(tl.int64) * tl.num_programs(0) + head) * (num_splits * BLOCKS * UNITS),
+            masses + (sequence.to(tl.int64) * num_heads + head) * (num_splits * BLOCKS * UNITS),
             tl.max(best + tl.log2(tl.maximum(total, 1.1754944e-38)), 0), noted, UNITS, REMEMBERED,
         )  # fmt: skip
 
@@ -366,9 +393,10 @@ def decode(
         num_warps=launch.num_warps, num_stages=launch.num_stages, **pdl,
     )  # fmt: skip
     if not whole:
-        _merge[(heads, batch)](
+        _merge[(heads if memory is None else 2 * heads, batch)](
             partial, output, masses, memory, indices, counts, past, length,
-            *output.stride()[:2], *selection_strides, *((0, 0) if memory is None else memory.stride()[:2]), splits,
+            *output.stride()[:2], *selection_strides, *((0, 0) if memory is None else memory.stride()[:2]), heads,
+            splits,
             GROUP=group, BLOCK=block_size, BLOCKS=launch.blocks, MERGED=min(MERGED, next_power_of_2(splits)),
             HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1, UNITS=units, num_warps=4,
             **pdl,

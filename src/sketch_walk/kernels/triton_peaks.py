@@ -61,10 +61,24 @@ class PeakLaunch(NamedTuple):
 
 
 class StepLaunch(NamedTuple):
-    """Sub-keys and warps of a program of the decode kernel, and registers of a thread as in `PeakLaunch`."""
+    """How the decode kernel runs.
+
+    Parameters
+    ----------
+    sub_keys : int
+        Of a tile.
+    per_processor : int
+        Programs per multiprocessor, which take the tiles of one head in turn.
+    num_warps, num_stages : int
+        Of a program.
+    max_registers : int, optional
+        As in `PeakLaunch`.
+    """
 
     sub_keys: int = 256
+    per_processor: int = 8
     num_warps: int = 2
+    num_stages: int = 3
     max_registers: int | None = 128
 
 
@@ -274,12 +288,90 @@ def _peaks(
 
 
 @triton.jit
-def _outline_products(queries, outlines, products, WIDEN: tl.constexpr):
-    """`products` [LANES, sub-keys] and what a quarter of the coordinates adds."""
+def _code_products(queries, keys, products, WIDEN: tl.constexpr):
+    """`products` [LANES, rows] and those of codes [LANES, columns] with codes [rows, columns]."""
     if WIDEN:
-        added = tl.dot(queries.to(tl.float32), tl.trans(outlines.to(tl.float32)), input_precision="ieee")
+        added = tl.dot(queries.to(tl.float32), tl.trans(keys.to(tl.float32)), input_precision="ieee")
         return products + added.to(tl.int32)
-    return tl.dot(queries, tl.trans(outlines), acc=products, out_dtype=tl.int32)
+    return tl.dot(queries, tl.trans(keys), acc=products, out_dtype=tl.int32)
+
+
+@triton.jit
+def _outline_tile(
+    base, scales, tile, num_blocks, c_block,
+    TILE_BLOCKS: tl.constexpr, MEANS: tl.constexpr, PER_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """Outlines, means, bounds and steps of a tile of one head's blocks.
+
+    Outlines come sub-key by sub-key, so that the best of a block is found without another layout; means
+    MEANS / TILE_BLOCKS times, where a matrix unit takes no fewer.
+    """
+    row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
+    of_row = tile * TILE_BLOCKS + row % TILE_BLOCKS
+    quarter = tl.arange(0, PADDED_QUARTER)
+    at = base + (of_row.to(tl.int64) * c_block + (4 + row // TILE_BLOCKS) * QUARTER)[:, None] + quarter[None, :]
+    of_mean = tile * TILE_BLOCKS + tl.arange(0, MEANS) % TILE_BLOCKS
+    column = tl.arange(0, COLUMNS)
+    at_mean = base + (of_mean.to(tl.int64) * c_block)[:, None] + column[None, :]
+    block = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
+    there = (of_row < num_blocks)[:, None] & (quarter < QUARTER)[None, :]
+    packed = tl.load(at, mask=there, other=0, cache_modifier=CACHE)
+    there = (of_mean < num_blocks)[:, None] & (column < 4 * QUARTER)[None, :]
+    means = tl.load(at_mean, mask=there, other=0, cache_modifier=CACHE)
+    bounds = tl.load(scales + 2 * block + 1, mask=block < num_blocks, other=0.0, cache_modifier=CACHE)
+    steps = tl.load(scales + 2 * block, mask=block < num_blocks, other=0.0, cache_modifier=CACHE)
+    return packed, means, bounds, steps
+
+
+@triton.jit
+def _query_quarters(
+    queries, start, real, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr, LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Quarters of the coordinates of queries [LANES, COLUMNS] that begin at `start`."""
+    if COLUMNS == 4 * PADDED_QUARTER and QUARTER == PADDED_QUARTER:
+        # Without another trip to memory.
+        pairs = tl.reshape(queries, [LANES, 2, 2, QUARTER])
+        even, odd = tl.split(tl.permute(pairs, (0, 3, 1, 2)))
+        q0, q2 = tl.split(even)
+        q1, q3 = tl.split(odd)
+    else:
+        quarter = tl.arange(0, PADDED_QUARTER)
+        start += quarter[None, :]
+        known = real[:, None] & (quarter < QUARTER)[None, :]
+        q0 = tl.load(start, mask=known, other=0)
+        q1 = tl.load(start + QUARTER, mask=known & (quarter + QUARTER < COLUMNS)[None, :], other=0)
+        q2 = tl.load(start + 2 * QUARTER, mask=known & (quarter + 2 * QUARTER < COLUMNS)[None, :], other=0)
+        q3 = tl.load(start + 3 * QUARTER, mask=known & (quarter + 3 * QUARTER < COLUMNS)[None, :], other=0)
+    return q0, q1, q2, q3
+
+
+@triton.jit
+def _tile_peaks(
+    packed, means, bounds, steps, queries, q0, q1, q2, q3, units, sums, tile, end,
+    LANES: tl.constexpr, TILE_BLOCKS: tl.constexpr, MEANS: tl.constexpr, PER_BLOCK: tl.constexpr, KEY_SUB: tl.constexpr,
+    WIDEN: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Best logit [LANES, TILE_BLOCKS] of every block of a tile; -inf where no key is."""
+    means = (means.to(tl.int32) - 128).to(tl.int8)
+    of_mean = _code_products(queries, means, tl.zeros([LANES, MEANS], tl.int32), WIDEN)
+    if MEANS > TILE_BLOCKS:
+        of_mean = tl.max(tl.reshape(of_mean, [LANES, MEANS // TILE_BLOCKS, TILE_BLOCKS]), 1)
+    o0, o1, o2, o3 = _outlines(packed, ASM)
+    products = tl.zeros([LANES, TILE_BLOCKS * PER_BLOCK], tl.int32)
+    products = _code_products(q0, o0, products, WIDEN)
+    products = _code_products(q1, o1, products, WIDEN)
+    products = _code_products(q2, o2, products, WIDEN)
+    products = _code_products(q3, o3, products, WIDEN)
+    if (tile + 1) * TILE_BLOCKS * PER_BLOCK * KEY_SUB > end:
+        row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
+        start = ((tile * TILE_BLOCKS + row % TILE_BLOCKS) * PER_BLOCK + row // TILE_BLOCKS) * KEY_SUB
+        products = tl.where((start < end)[None, :], products, NOTHING)
+    peak = tl.max(tl.reshape(products, [LANES, PER_BLOCK, TILE_BLOCKS]), 1)
+    # An outline o stands for the mean code and o - 1.5 bounds more.
+    code = (peak.to(tl.float32) - 1.5 * sums) * bounds[None, :] + of_mean.to(tl.float32)
+    return tl.where(peak == NOTHING, float("-inf"), code * units[:, None] * steps[None, :])
 
 
 @triton.jit
@@ -288,87 +380,68 @@ def _decode_peaks(
     c_batch, c_head, c_block, s_batch, s_head, num_heads, num_blocks, scale_log2,
     GROUP: tl.constexpr, LANES: tl.constexpr, TILE_BLOCKS: tl.constexpr, MEANS: tl.constexpr, PER_BLOCK: tl.constexpr,
     KEY_SUB: tl.constexpr, COLUMNS: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
-    WIDEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    WIDEN: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Best logit of TILE_BLOCKS blocks for the heads of one group, from means and outlines.
+    """Best logits of tiles of TILE_BLOCKS blocks for the heads of one group, from means and outlines.
 
-    PDL: the kernel in front is `_sketch_step`, which writes the last block; codes of other tiles are read meanwhile,
-    past the first cache, which may not see what that kernel writes beside them.
+    A program takes every num_programs-th tile. PDL: it has one, and the kernel in front is `_sketch_step`, which writes
+    the last block; codes of other tiles are read meanwhile, past the first cache, which may not see what that kernel
+    writes beside them.
     """
-    tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(length + sequence).to(tl.int32)
+    TOKENS: tl.constexpr = TILE_BLOCKS * PER_BLOCK * KEY_SUB
     lane = tl.arange(0, LANES)
     real = lane < GROUP
     slot = sequence.to(tl.int64) * num_heads + kv_head * GROUP + lane
-    block_column = tl.arange(0, TILE_BLOCKS)
-    block = tile * TILE_BLOCKS + block_column
+    block = tl.arange(0, TILE_BLOCKS)
     to = peaks + slot[:, None] * num_blocks + block[None, :]
-    inside = real[:, None] & (block < num_blocks)[None, :]
-    beyond = (tile + 1) * TILE_BLOCKS * PER_BLOCK * KEY_SUB
-    if beyond >= end:
-        await_previous(PDL)
-    if tile * TILE_BLOCKS * PER_BLOCK * KEY_SUB >= end:
-        tl.store(to, tl.full([LANES, TILE_BLOCKS], float("-inf"), tl.float32), mask=inside)
-        return
-    quarter = tl.arange(0, PADDED_QUARTER)
-    held = (quarter < QUARTER)[None, :]
-    CACHE: tl.constexpr = ".cg" if PDL else ""
-    row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
-    of_block = tile * TILE_BLOCKS + row // PER_BLOCK
-    sub = row % PER_BLOCK
     base = codes + sequence.to(tl.int64) * c_batch + kv_head.to(tl.int64) * c_head
-    at = base + (of_block.to(tl.int64) * c_block + (4 + sub) * QUARTER)[:, None] + quarter[None, :]
-    packed = tl.load(at, mask=(of_block < num_blocks)[:, None] & held, other=0, cache_modifier=CACHE)
-    # Every mean MEANS / TILE_BLOCKS times, where a matrix unit takes no fewer.
-    mean_block = tile * TILE_BLOCKS + tl.arange(0, MEANS) % TILE_BLOCKS
-    column = tl.arange(0, COLUMNS)
-    means = tl.load(
-        base + (mean_block.to(tl.int64) * c_block)[:, None] + column[None, :],
-        mask=(mean_block < num_blocks)[:, None] & (column < 4 * QUARTER)[None, :],
-        other=128,
-        cache_modifier=CACHE,
-    )
-    steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head + 2 * block
-    bounds = tl.load(steps + 1, mask=block < num_blocks, other=0.0, cache_modifier=CACHE)
-    steps = tl.load(steps, mask=block < num_blocks, other=0.0, cache_modifier=CACHE)
-    await_previous(PDL)
-    release_next(PDL)
+    scales = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head
     start = query_codes + slot[:, None] * COLUMNS
+    column = tl.arange(0, COLUMNS)
+    if PDL:
+        if (first + 1) * TOKENS >= end:
+            await_previous(PDL)
+        packed, means, bounds, steps = _outline_tile(
+            base, scales, first, num_blocks, c_block,
+            TILE_BLOCKS, MEANS, PER_BLOCK, COLUMNS, QUARTER, PADDED_QUARTER, ".cg",
+        )  # fmt: skip
+        await_previous(PDL)
+        release_next(PDL)
     queries = tl.load(start + column[None, :], mask=real[:, None] & (column >= 0)[None, :], other=0)
-    means = (means.to(tl.int32) - 128).to(tl.int8)
-    if WIDEN:
-        of_mean = tl.dot(queries.to(tl.float32), tl.trans(means.to(tl.float32)), input_precision="ieee").to(tl.int32)
-    else:
-        of_mean = tl.dot(queries, tl.trans(means), out_dtype=tl.int32)
-    of_mean = tl.max(tl.reshape(of_mean, [LANES, MEANS // TILE_BLOCKS, TILE_BLOCKS]), 1)
-    o0, o1, o2, o3 = _outlines(packed, ASM)
-    if COLUMNS == 4 * PADDED_QUARTER and QUARTER == PADDED_QUARTER:
-        # Without another trip to memory.
-        pairs = tl.reshape(queries, [LANES, 2, 2, QUARTER])
-        even, odd = tl.split(tl.permute(pairs, (0, 3, 1, 2)))
-        q0, q2 = tl.split(even)
-        q1, q3 = tl.split(odd)
-    else:
-        start += quarter[None, :]
-        known = real[:, None] & held
-        q0 = tl.load(start, mask=known, other=0)
-        q1 = tl.load(start + QUARTER, mask=known & (quarter + QUARTER < COLUMNS)[None, :], other=0)
-        q2 = tl.load(start + 2 * QUARTER, mask=known & (quarter + 2 * QUARTER < COLUMNS)[None, :], other=0)
-        q3 = tl.load(start + 3 * QUARTER, mask=known & (quarter + 3 * QUARTER < COLUMNS)[None, :], other=0)
-    products = tl.zeros([LANES, TILE_BLOCKS * PER_BLOCK], tl.int32)
-    products = _outline_products(q0, o0, products, WIDEN)
-    products = _outline_products(q1, o1, products, WIDEN)
-    products = _outline_products(q2, o2, products, WIDEN)
-    products = _outline_products(q3, o3, products, WIDEN)
-    if beyond > end:
-        seen = (of_block * PER_BLOCK + sub) * KEY_SUB < end
-        products = tl.where(seen[None, :], products, NOTHING)
-    peak = tl.max(tl.reshape(products, [LANES, TILE_BLOCKS, PER_BLOCK]), 2)
-    # An outline o stands for the mean code and o - 1.5 bounds more.
-    middle = tl.sum(queries.to(tl.int32), 1).to(tl.float32) * 1.5
     units = tl.load(query_scales + slot, mask=real, other=0.0) * scale_log2
-    code = (peak.to(tl.float32) - middle[:, None]) * bounds[None, :] + of_mean.to(tl.float32)
-    tl.store(to, tl.where(peak == NOTHING, float("-inf"), code * units[:, None] * steps[None, :]), mask=inside)
+    q0, q1, q2, q3 = _query_quarters(queries, start, real, QUARTER, PADDED_QUARTER, LANES, COLUMNS)
+    # The sum of each query's codes, in the layout of the other products.
+    ones = tl.full([MEANS, COLUMNS], 1, tl.int8)
+    sums = _code_products(queries, ones, tl.zeros([LANES, MEANS], tl.int32), WIDEN)
+    if MEANS > TILE_BLOCKS:
+        sums = tl.max(tl.reshape(sums, [LANES, MEANS // TILE_BLOCKS, TILE_BLOCKS]), 1)
+    sums = sums.to(tl.float32)
+    if PDL:
+        logit = _tile_peaks(
+            packed, means, bounds, steps, queries, q0, q1, q2, q3, units, sums, first, end,
+            LANES, TILE_BLOCKS, MEANS, PER_BLOCK, KEY_SUB, WIDEN, ASM,
+        )  # fmt: skip
+        inside = real[:, None] & (first * TILE_BLOCKS + block < num_blocks)[None, :]
+        tl.store(to + first * TILE_BLOCKS, logit, mask=inside)
+    else:
+        filled = tl.cdiv(end, TOKENS)
+        for tile in tl.range(first, filled, tl.num_programs(0), num_stages=STAGES):
+            packed, means, bounds, steps = _outline_tile(
+                base, scales, tile, num_blocks, c_block,
+                TILE_BLOCKS, MEANS, PER_BLOCK, COLUMNS, QUARTER, PADDED_QUARTER, "",
+            )  # fmt: skip
+            logit = _tile_peaks(
+                packed, means, bounds, steps, queries, q0, q1, q2, q3, units, sums, tile, end,
+                LANES, TILE_BLOCKS, MEANS, PER_BLOCK, KEY_SUB, WIDEN, ASM,
+            )  # fmt: skip
+            inside = real[:, None] & (tile * TILE_BLOCKS + block < num_blocks)[None, :]
+            tl.store(to + tile * TILE_BLOCKS, logit, mask=inside)
+        after = first + tl.cdiv(tl.maximum(filled - first, 0), tl.num_programs(0)) * tl.num_programs(0)
+        for tile in range(after, tl.cdiv(num_blocks, TILE_BLOCKS), tl.num_programs(0)):
+            inside = real[:, None] & (tile * TILE_BLOCKS + block < num_blocks)[None, :]
+            tl.store(to + tile * TILE_BLOCKS, tl.full([LANES, TILE_BLOCKS], float("-inf"), tl.float32), mask=inside)
 
 
 def _limit(max_registers: int | None) -> dict[str, int]:
@@ -478,13 +551,18 @@ def decode_peaks(
     group = heads // kv_heads
     tile_blocks = max(1, launch.sub_keys // per_block)
     peaks = torch.empty(batch, heads, blocks, dtype=torch.float32, device=codes.device)
-    _decode_peaks[(-(-blocks // tile_blocks), kv_heads, batch)](
+    pdl = dependent(after_step and overlaps(codes.device, batch * kv_heads))
+    programs = tiles = -(-blocks // tile_blocks)
+    if not pdl["PDL"]:
+        most = max(1, device_of(codes.device).processors * launch.per_processor // (batch * kv_heads))
+        programs = -(-tiles // -(-tiles // most))
+    _decode_peaks[(programs, kv_heads, batch)](
         queries.codes, queries.scales, codes, scales, length, peaks,
         *codes.stride()[:3], *scales.stride()[:2], heads, blocks, scale * LOG2_E,
         GROUP=group, LANES=max(16, next_power_of_2(group)), TILE_BLOCKS=tile_blocks, MEANS=max(16, tile_blocks),
         PER_BLOCK=per_block, KEY_SUB=key_sub_block, COLUMNS=columns, QUARTER=quarter,
         PADDED_QUARTER=max(32, next_power_of_2(quarter)), WIDEN=interpreted(),
         ASM=not interpreted() and torch.version.hip is None, num_warps=launch.num_warps,
-        **_limit(launch.max_registers), **dependent(after_step and overlaps(codes.device, batch * kv_heads)),
+        STAGES=launch.num_stages, **_limit(launch.max_registers), **pdl,
     )  # fmt: skip
     return peaks

@@ -182,12 +182,10 @@ def _last_row(length, sequence, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _recalled(values, memory, column, available, past, length, sequence, fade):
-    """The scores with what is remembered of the blocks, which fades, in place, with a new token."""
+def _recalled(memory, column, available, past, length, sequence, fade):
+    """What is remembered of the blocks, which fades with a new token."""
     fade = tl.where(tl.load(past + sequence) < tl.load(length + sequence), fade, 1.0)
-    held = tl.load(memory + column, mask=column < available, other=0.0) * fade
-    tl.store(memory + column, held, mask=column < available)
-    return tl.maximum(values, held)
+    return tl.load(memory + column, mask=column < available, other=0.0) * fade
 
 
 @triton.jit
@@ -212,6 +210,9 @@ def _select(
         available = tl.where(at * BLOCK < tl.load(length + sequence), tl.minimum(row + 1, num_blocks), 0)
     column = tl.arange(0, COLUMNS)
     read, first_forced, last_forced = _limits(budget, sink, local, available)
+    if memory is not None:
+        memory += sequence * m_batch + selection.to(tl.int64) * m_selection
+        held = _recalled(memory, column, available, seen, length, sequence, fade)
     await_previous(PDL)
     release_next(PDL)
     scores += sequence * s_batch + selection.to(tl.int64) * s_selection + index.to(tl.int64) * s_row
@@ -224,8 +225,8 @@ def _select(
         for part in range(1, PARTS):
             values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=column < available, other=0.0))
     if memory is not None:
-        held = memory + sequence * m_batch + selection.to(tl.int64) * m_selection
-        values = _recalled(values, held, column, available, seen, length, sequence, fade)
+        values = tl.maximum(values, held)
+        tl.store(memory + column, held, mask=column < available)
     place = (sequence * num_selections + selection) * num_rows + index
     if PARTS > 1:
         tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
@@ -258,6 +259,9 @@ def _from_peaks(
     values = tl.zeros([COLUMNS], tl.float32)
     if CHOOSE:
         read, first_forced, last_forced = _limits(budget, sink, local, available)
+        if memory is not None:
+            memory += sequence * m_batch + selection.to(tl.int64) * m_selection
+            held = _recalled(memory, column, available, seen, length, sequence, fade)
     await_previous(PDL)
     release_next(PDL)
     for at in range(first, end, TILE):
@@ -270,8 +274,8 @@ def _from_peaks(
         share = weight * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
         values = tl.maximum(values, tl.max(share, 0))
     if CHOOSE and (memory is not None):
-        held = memory + sequence * m_batch + selection.to(tl.int64) * m_selection
-        values = _recalled(values, held, column, available, seen, length, sequence, fade)
+        values = tl.maximum(values, held)
+        tl.store(memory + column, held, mask=column < available)
     place = sequence * tl.num_programs(0) + part
     tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
     if CHOOSE:
