@@ -47,7 +47,10 @@ VARIANTS = {
 }
 STEP_VARIANTS = [
     StepLaunch(),
-    *(StepLaunch(*sizes) for sizes in ((256, 2, None), (256, 4, None), (512, 4, 168), (128, 2, 96), (128, 2, None))),
+    *(
+        StepLaunch(*sizes)
+        for sizes in ((256, 8, 2, 3, 128), (256, 6, 2, 3, 168), (512, 4, 4, 3, 128), (128, 16, 1, 3, None))
+    ),
 ]
 CASES: list[tuple[int, int, int, int, int, int, dict[str, Any]]] = [
     (2, 4, 2, 3000, 0, 64, {}),

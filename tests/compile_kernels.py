@@ -151,11 +151,17 @@ def decode(target: Target, padded: bool) -> int:
     return size
 
 
+def _options(constants: dict[str, int], target: Target) -> dict[str, int]:
+    """What of a launch's arguments is the compiler's."""
+    names = {"num_warps": "warps", **({} if target.gpu.backend == "hip" else {"maxnreg": "maxnreg"})}
+    return {names[name]: value for name, value in constants.items() if name in names}
+
+
 def sketch(target: Target, padded: bool) -> int:
     """Keys and queries, sketched, of a prompt and of a decode step."""
     own = {
         **triton_sketch._quarters(HEAD_DIM), "KEPT": KEPT, "COLUMNS": HEAD_DIM, "LANES": 16, "GROUP": HEADS // KV_HEADS,
-        "UNROLL": 4, "INDEXED": padded, **({} if padded else {"key_index": None, "query_index": None}),
+        "INDEXED": padded, **({} if padded else {"key_index": None, "query_index": None}),
     }  # fmt: skip
     size = 0
     for kernel, blocks, launch, pointers in (
@@ -165,7 +171,7 @@ def sketch(target: Target, padded: bool) -> int:
     ):
         constants = own | triton_sketch._sizes(BLOCK, 4, blocks, HEAD_DIM, HEAD_DIM, launch)
         named = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        size += compile_for(kernel, named, target, launch.num_warps, pointers=pointers)
+        size += compile_for(kernel, named, target, pointers=pointers, **_options(constants, target))
     return size
 
 

@@ -95,8 +95,8 @@ def storage_step(sketch: Tensor, config: SketchWalkConfig, dtype: torch.dtype) -
 def store(sketch: Tensor, config: SketchWalkConfig) -> Stored:
     """Rounding of key sketches (heads, sub_keys, width) to 8 bits.
 
-    A code lies at most 64 steps beyond the root mean square, in whole steps, of its block's distances from their mean
-    code. A single query knows of it which side of the mean it is on, and whether within that root mean square.
+    A code lies at most 128 steps from its block's mean code. A single query knows of it which side of the mean it is
+    on, and whether 0 to 63 steps beyond the root mean square, in whole steps, of the block's distances from the mean.
     """
     if config.key_sketch_bits == 16:
         return Stored(sketch, sketch)
@@ -106,8 +106,9 @@ def store(sketch: Tensor, config: SketchWalkConfig) -> Stored:
     for run in code.split(config.block_size // config.key_sub_block, 1):
         mean = (run.mean(1, keepdim=True) + 0.5).floor()
         bound = ((run - mean).square().mean((1, 2), keepdim=True).sqrt() + 0.5).floor().clamp(1, 64)
-        low, high = (mean - bound - 64).clamp(min=-128), (mean + bound + 63).clamp(max=127)
-        level = torch.where((run >= mean + bound) | (run < mean - bound), 1.5, 0.5) * bound
+        low, high = (mean - 128).clamp(min=-128), (mean + 127).clamp(max=127)
+        beyond = torch.where(run >= mean, run - mean, mean - 1 - run).clamp(max=127) - bound
+        level = torch.where((beyond >= 0) & (beyond < 64), 1.5, 0.5) * bound
         outline = mean + torch.where(run >= mean, level, -level)
         parts.append([x.expand_as(run) for x in (run.clamp(low, high), outline, low, high)])
     return Stored(*(torch.cat(part, 1) * step for part in zip(*parts, strict=True)))

@@ -197,7 +197,7 @@ def stored_sketches(states: list[LayerSketch], sequence: int, tokens: int, head_
         bits = torch.cat([(planes >> shift) % 4 for shift in (0, 2, 4, 6)], -1)[..., :width]
         side, away = bits[:, :, 0], 16 * bits[:, :, 1] + 4 * bits[:, :, 2] + bits[:, :, 3]
         steps, bound = scales.double()[:, :, None].split(1, -1)
-        away = away + bound * ((side == 0) | (side == 3))
+        away = away + torch.where((side == 0) | (side == 3), bound, 64.0 * (away >= bound))
         code = mean + torch.where(side >= 2, away, -1 - away)
         read = (code * steps, (mean + (side - 1.5) * bound) * steps)
         found.append(restatement.Stored(*(x.flatten(1, 2)[:, real] for x in read)))

@@ -11,7 +11,7 @@ from torch import Tensor
 from sketch_walk import HadamardTransform, SketchState, SketchWalkAttention, SketchWalkConfig, sketch_walk_attention
 from sketch_walk.layout import make_layout
 from sketch_walk.scoring import absorb_call, absorb_keys
-from sketch_walk.sketch import Sketch
+from sketch_walk.sketch import Sketch, quantise_keys
 from sketch_walk.state import ROLLBACK, LayerSketch, packed_size
 from sketch_walk.walk import transition_rows
 from tensors import qkv
@@ -55,7 +55,7 @@ def stored_codes(sketch: LayerSketch, blocks: int, width: int) -> tuple[Tensor, 
     """Codes and outlines from the documented layout: mean codes plus 128, then four planes of two bits.
 
     Four coordinates to a byte of a plane, a quarter of the width apart; the first plane tells the side of the mean and
-    whether beyond the bound, the others how far.
+    whether beyond the bound, the others how far. Within the bound no distance reaches it: those that do are 64 more.
     """
     codes, scales = sketch.read_keys(blocks)
     assert scales is not None
@@ -65,7 +65,7 @@ def stored_codes(sketch: LayerSketch, blocks: int, width: int) -> tuple[Tensor, 
     bits = torch.cat([planes // 4**i % 4 for i in range(4)], -1)[..., :width]
     side, away = bits[:, :, :, 0], 16 * bits[:, :, :, 1] + 4 * bits[:, :, :, 2] + bits[:, :, :, 3]
     bound = scales[..., 1].int()[..., None, None]
-    away = torch.where((side == 0) | (side == 3), away + bound, away)
+    away = torch.where((side == 0) | (side == 3), away + bound, torch.where(away < bound, away, away + 64))
     return mean + torch.where(side < 2, -1 - away, away), mean + (side - 1.5) * bound
 
 
@@ -90,14 +90,33 @@ def test_codes_are_multiples_of_the_blocks_step(width: int) -> None:
         found, seen = (x[:, :, block, : sub_keys.shape[2]] for x in (codes, outlines))
         mean = (found.double().mean(2, keepdim=True) + 0.5).floor()
         bound = scales[:, :, block, 1, None, None].double()
-        # What lies 64 steps beyond the bound is clipped.
-        expected = torch.maximum(torch.minimum(expected, mean + bound + 63), mean - bound - 64)
+        # What lies 128 steps from the mean is clipped.
+        expected = torch.maximum(torch.minimum(expected, mean + 127), mean - 128)
         assert (found - expected).abs().max() <= 0.5001
         spread = (found - mean).square().mean((2, 3), keepdim=True).sqrt()
         assert (bound - spread.clamp(min=1)).abs().max() <= 1.5
         apart = found - mean
-        level = torch.where((apart >= bound) | (apart < -bound), 1.5, 0.5) * torch.where(apart >= 0, 1, -1)
+        away = torch.where(apart >= 0, apart, -1 - apart) - bound
+        level = torch.where((away >= 0) & (away < 64), 1.5, 0.5) * torch.where(apart >= 0, 1, -1)
         torch.testing.assert_close(seen.double(), mean + level * bound)
+
+
+@pytest.mark.parametrize("width", [32, 17])
+def test_no_code_is_lost_up_to_127_steps_from_the_mean(width: int) -> None:
+    """The bytes of one within the bound that its distance rules out tell of those far beyond it."""
+    sketch = torch.randn(50, 4, width, generator=torch.Generator().manual_seed(3)) * 0.2 + 1.0
+    sketch[:25, 1, 5] *= -2.5
+    config = replace(CONFIG, key_sub_block=4)
+    stored = quantise_keys(sketch, torch.ones(50, 4, dtype=torch.bool), config, torch.float32)
+    found, steps = stored.unpack(4, width)
+    assert steps is not None
+    assert stored.scales is not None
+    codes = (sketch / steps[..., None]).round().clamp(-128, 127)
+    mean = (codes.mean(1, keepdim=True) + 0.5).floor()
+    assert torch.equal(found, codes.clamp(mean - 128, mean + 127))
+    far = (codes - mean).abs() > 64 + stored.scales[:, None, 1:]
+    assert far[:25].any()
+    assert not far[25:].any()
 
 
 def test_codes_use_their_range_and_clip_what_lies_beyond() -> None:
@@ -108,7 +127,8 @@ def test_codes_use_their_range_and_clip_what_lies_beyond() -> None:
     codes, outlines = stored_codes(sketch, 3, 32)
     assert codes[:, :, 0].min() == -128
     assert codes[:, :, 0].max() == 127
-    assert outlines[:, :, 0, 1].abs().min() > outlines[:, :, 0, [0, 2, 3]].abs().amax(2).median()
+    loud = outlines[:, :, 0, 1].abs()
+    assert loud.mean() > 2 * outlines[:, :, 0, [0, 2, 3]].abs().mean(), "outlines tell the loud one too"
     assert codes[:, :, 0, [0, 2, 3]].abs().max() <= 5, "beside a loud sub-key the others of its block lose their digits"
     assert codes[:, :, 1:].abs().amax((2, 3, 4)).min() >= 64
 

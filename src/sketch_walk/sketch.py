@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 CLIP = 3.2
 KEY_LEVELS = 128
 # Codes are kept as differences from their block's mean, in bytes: which side of the mean, whether beyond the block's
-# bound, and how far, in steps up to this one. A bound above it would leave differences without a byte.
-FARTHEST = 63
-MOST_BOUND = FARTHEST + 1
+# bound, and one of so many distances. No bound is greater: differences within it would be left without a byte.
+DISTANCES = 64
 # Planes of two bits that the bytes of codes are stored in.
 PLANES = 4
 # Codes of queries are symmetric: -127 ... 127.
@@ -35,9 +34,10 @@ class KeySketch(NamedTuple):
 
     With 8 bits a sub-key's code is kept as its difference from the mean code of the block, which is what tells the
     block's sub-keys apart: in one byte, side of the mean (1 bit), beyond the block's bound or not (1), steps from the
-    mean or from the bound (6). Side and bound alone are an outline of the code, nearly the best of two bits, for the
-    bound is the root mean square of the differences: a decode step reads means and outlines, less than a third of the
-    bytes.
+    mean or from the bound (6). The few that lie 64 steps and more beyond it take bytes that would otherwise say, of one
+    within the bound, that it is not: no difference is lost up to 127. Side and bound alone are an outline of the code,
+    nearly the best of two bits, for the bound is the root mean square of the differences: a decode step reads means and
+    outlines, less than a third of the bytes.
 
     Parameters
     ----------
@@ -68,8 +68,9 @@ class KeySketch(NamedTuple):
             return side.sub_(1.5).mul_(bound).add_(mean), steps
         # All of it fits 8 bits, where whole caches are read: a bitwise not is -1 less the number.
         stored = _coordinates(planes, width)
-        away, side = (stored & FARTHEST).view(torch.int8), stored >> 6
-        away += ((side == 0) | (side == 3)) * bound.to(torch.int8)
+        away, side, bound = (stored & (DISTANCES - 1)).view(torch.int8), stored >> 6, bound.to(torch.int8)
+        far = (away >= bound).to(torch.int8).mul_(DISTANCES)
+        away += torch.where((side == 0) | (side == 3), bound, far)
         return torch.where(side >= 2, away, ~away).add_(mean).float(), steps
 
     def dequantise(self, per_block: int, width: int, outline: bool = False) -> Float[Tensor, "... sub_keys width"]:
@@ -226,11 +227,12 @@ def quantise_keys(
     mean = _rounded((codes * counted).sum(-2, keepdim=True) / count)
     apart = codes - mean
     squares = (apart * counted).int().square_().sum((-2, -1), keepdim=True)
-    bound = _rounded((squares / entries).sqrt()).clamp_(1, MOST_BOUND)
+    bound = _rounded((squares / entries).sqrt()).clamp_(1, DISTANCES)
     below = apart < 0
-    away = torch.where(below, -1 - apart, apart)
-    beyond = (away >= bound).to(torch.int16)
-    away = (away - beyond * bound).clamp_(max=FARTHEST)
+    away = torch.where(below, -1 - apart, apart).clamp_(max=2 * DISTANCES - 1)
+    far = away >= bound + DISTANCES
+    beyond = ((away >= bound) & ~far).to(torch.int16)
+    away -= torch.where(far, DISTANCES, beyond * bound)
     outline = torch.where(below, 1 - beyond, 2 + beyond)
     spare = (0, -sketch.shape[-1] % PLANES)
     means = nn.functional.pad(mean + KEY_LEVELS, spare, value=KEY_LEVELS).to(torch.uint8).flatten(-2)
@@ -240,7 +242,7 @@ def quantise_keys(
 
 def _rounded(x: Tensor) -> Tensor:
     """Whole numbers, halves upwards."""
-    return x.add_(0.5).floor_().to(torch.int16)
+    return (x + 0.5).floor_().to(torch.int16)
 
 
 def _packed(stored: Shaped[Tensor, "... per_block width"]) -> Shaped[Tensor, "... bytes"]:

@@ -27,6 +27,7 @@ from sketch_walk.kernels.triton_tiles import (
     interpreted,
     next_power_of_2,
     overlaps,
+    register_limit,
     release_next,
 )
 
@@ -78,8 +79,12 @@ class StepLaunch(NamedTuple):
     sub_keys: int = 256
     per_processor: int = 8
     num_warps: int = 2
-    num_stages: int = 3
+    num_stages: int = 2
     max_registers: int | None = 128
+
+
+# Where every tile has a program of its own, and all wait at once for the kernel in front.
+OVERLAPPED = StepLaunch(128, 1, 1, 1, None)
 
 
 # Blocks of a row whose scratch is turned into scores at a time.
@@ -125,7 +130,7 @@ def _unpack(
     for number in tl.static_range(4):
         side = (p0 >> (2 * number)) & 3
         away = (((p1 >> (2 * number)) & 3) << 4) | (((p2 >> (2 * number)) & 3) << 2) | ((p3 >> (2 * number)) & 3)
-        away += tl.where((side == 0) | (side == 3), bound, 0)
+        away += tl.where((side == 0) | (side == 3), bound, tl.where(away >= bound, 64, 0))
         mean = tl.load(start[:, None] + (number * QUARTER + quarter)[None, :], mask=inside, other=128).to(tl.int32)
         code = mean - 128 + tl.where(side >= 2, away, -1 - away)
         written = (quarter < QUARTER)[None, :] & (number * QUARTER + quarter < COLUMNS)[None, :] & (row >= 0)[:, None]
@@ -444,11 +449,6 @@ def _decode_peaks(
             tl.store(to + tile * TILE_BLOCKS, tl.full([LANES, TILE_BLOCKS], float("-inf"), tl.float32), mask=inside)
 
 
-def _limit(max_registers: int | None) -> dict[str, int]:
-    """Launch argument that limits a thread's registers, where the compiler takes one."""
-    return {} if max_registers is None or torch.version.hip else {"maxnreg": max_registers}
-
-
 def unsupported(block_size: int, query_sub_block: int, key_sub_block: int, kept: int, width: int) -> str | None:
     """None if the kernels take sketches of this shape, else the reason why not."""
     per_block, subs = block_size // key_sub_block, block_size // query_sub_block
@@ -522,7 +522,7 @@ def peak_scores(
         GROUP=group, TILE_HEADS=tile_heads, KEPT=kept, TILE_ROWS=tile_rows, ROWS=lanes, TILE_BLOCKS=tile_blocks,
         PER_BLOCK=per_block, KEY_SUB=key_sub_block, COLUMNS=columns, CHUNK=CHUNK, PER_HEAD=per_kv_head,
         WIDEN=interpreted(), num_warps=launch.num_warps, num_stages=launch.num_stages,
-        **_limit(launch.max_registers),
+        **register_limit(launch.max_registers),
     )  # fmt: skip
     return scores
 
@@ -546,12 +546,12 @@ def decode_peaks(
     """
     batch, _, heads, _, columns = queries.codes.shape
     kv_heads, blocks = codes.shape[1], codes.shape[2]
-    launch = launch or StepLaunch()
+    pdl = dependent(after_step and overlaps(codes.device, batch * kv_heads))
+    launch = launch or (OVERLAPPED if pdl["PDL"] else StepLaunch())
     quarter = codes.shape[3] // (4 * (1 + per_block))
     group = heads // kv_heads
     tile_blocks = max(1, launch.sub_keys // per_block)
     peaks = torch.empty(batch, heads, blocks, dtype=torch.float32, device=codes.device)
-    pdl = dependent(after_step and overlaps(codes.device, batch * kv_heads))
     programs = tiles = -(-blocks // tile_blocks)
     if not pdl["PDL"]:
         most = max(1, device_of(codes.device).processors * launch.per_processor // (batch * kv_heads))
@@ -563,6 +563,6 @@ def decode_peaks(
         PER_BLOCK=per_block, KEY_SUB=key_sub_block, COLUMNS=columns, QUARTER=quarter,
         PADDED_QUARTER=max(32, next_power_of_2(quarter)), WIDEN=interpreted(),
         ASM=not interpreted() and torch.version.hip is None, num_warps=launch.num_warps,
-        STAGES=launch.num_stages, **_limit(launch.max_registers), **pdl,
+        STAGES=launch.num_stages, **register_limit(launch.max_registers), **pdl,
     )  # fmt: skip
     return peaks

@@ -27,6 +27,7 @@ from sketch_walk.kernels.triton_tiles import (
     padded_dim,
     positions,
     product,
+    register_limit,
 )
 from sketch_walk.layout import Layout
 
@@ -249,7 +250,7 @@ def prefill(
     output = memory(batch, num_queries, heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
     key_blocks, value_blocks = (_blocks(x, launch.keys) if launch.descriptors else None for x in (key, value))
     num_rows, num_tiles = indices.shape[2], heads // launch.tile_heads
-    limit = {} if launch.max_registers is None else {"maxnreg": launch.max_registers}
+    limit = register_limit(launch.max_registers)
     wide = launch.wide or launch.keys * max(key.stride(2), value.stride(2)) >= 2**31
     _prefill[(num_rows * (block_size // launch.queries) * num_tiles * batch,)](
         query, key, value, key_blocks, value_blocks, output, lse, indices, counts,

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from sketch_walk.kernels.triton_tiles import (
     HIDDEN,
-    MOST_OVERLAPPED,
+    device_of,
     next_power_of_2,
     overlaps,
     padded_dim,
+    register_limit,
     release_next,
 )
 from sketch_walk.layout import Layout
@@ -28,18 +29,37 @@ if TYPE_CHECKING:
 
 
 class SketchLaunch(NamedTuple):
-    """Pooled vectors of one program, which are rows of its product with the rotation, and its warps."""
+    """How a kernel runs.
+
+    Parameters
+    ----------
+    lanes : int
+        Pooled vectors of one program, which are rows of its product with the rotation; at least those of a block.
+    num_warps : int
+        Of a program of so many lanes; one of more has as many more, up to `MOST_WARPS`.
+    unroll : int
+        Tokens of every pooled run that are read at once.
+    tiles : int
+        Times that a program of a long prompt does this, with the matrix that it has.
+    max_registers : int, optional
+        Of a thread, where the compiler takes a limit (NVIDIA).
+    """
 
     lanes: int
     num_warps: int
+    unroll: int
+    tiles: int = 1
+    max_registers: int | None = None
 
 
-LAUNCH = SketchLaunch(32, 2)
-# A decode step has one block, and a program for it: more warps, and the tokens of a run read at once. Most warps where
-# a block takes more lanes, or few programs run.
-STEP_LAUNCH = SketchLaunch(16, 4)
-MOST_STEP_WARPS = 8
-MOST_UNROLLED = 8
+# Without the limit a thread takes 250 registers, and half as many programs run: 0.93 ms for the queries of 131,072
+# tokens on an H100 instead of 0.79.
+LAUNCH = SketchLaunch(16, 2, 4, tiles=8, max_registers=168)
+# A decode step has one block, and a program for it: more warps, and all tokens of a run at once.
+STEP_LAUNCH = SketchLaunch(16, 4, 8)
+MOST_WARPS = 8
+# Programs per multiprocessor that a prompt leaves before its programs take several tiles.
+LEAST_PROGRAMS = 8
 
 
 class PackedQueries(NamedTuple):
@@ -118,23 +138,29 @@ def _row_of_lanes(rows, TILE: tl.constexpr, RUNS: tl.constexpr, LONE: tl.constex
 
 
 @triton.jit
-def _column(x, LONE: tl.constexpr):
-    """A number of each block or lane, to go with rows."""
-    return x if LONE else x[:, None]
+def _column(x):
+    """Numbers of blocks or lanes, to go with rows; a scalar does as it is."""
+    return x[:, None] if len(x.shape) else x
 
 
 @triton.jit
 def _row(x, LONE: tl.constexpr):
-    """A number of each column, to go with rows."""
+    """Numbers of columns, to go with the rows of blocks."""
     return x if LONE else x[None, :]
 
 
 @triton.jit
 def _block_numbers(first, TILE: tl.constexpr, LONE: tl.constexpr):
-    """Numbers of a tile's blocks."""
+    """Numbers of a tile's blocks; a scalar of a lone one."""
     if not LONE:
         first += tl.arange(0, TILE)
     return first
+
+
+@triton.jit
+def _runs(first, last, SUB: tl.constexpr):
+    """Runs of SUB tokens that tokens `first` to `last`, excluded, of a block lie in, 1 at least."""
+    return tl.maximum((last + SUB - 1) // SUB - first // SUB, 1).to(tl.float32)
 
 
 @triton.jit
@@ -164,10 +190,10 @@ def _pooled(
         squares += tl.sum(tokens * tokens, 1)
     if SUB == 1:
         return total, filled
-    block_start = _block_numbers(start // BLOCK, TILE, LONE) * BLOCK
+    block_start = _block_numbers(start // BLOCK, TILE, TILE == 1) * BLOCK
     count = tl.minimum(block_start + BLOCK, end) - tl.maximum(block_start, first_slot)
     count = tl.maximum(count, 1).to(tl.float32)
-    centre = _block_sums(total, TILE, RUNS, LONE) / _column(count, LONE)
+    centre = _block_sums(total, TILE, RUNS, LONE) / _column(count)
     square = _block_sums(squares, TILE, RUNS, LONE) / count
     # A difference of near equals: below a millionth of the square it is rounding, and so is what it weighs.
     spread = tl.maximum(square - tl.sum(centre * centre, 0 if LONE else 1), square * 1e-6)
@@ -230,9 +256,10 @@ def _code(values, steps):
 def _stored(apart, bound):
     """Bytes, as int32, of codes `apart` from the mean; `bound` is that of their block."""
     below = apart < 0
-    away = tl.where(below, -1 - apart, apart)
-    beyond = (away >= bound).to(tl.int32)
-    away = tl.minimum(away - beyond * bound, 63)
+    away = tl.minimum(tl.where(below, -1 - apart, apart), 127)
+    far = away >= bound + 64
+    beyond = ((away >= bound) & (away < bound + 64)).to(tl.int32)
+    away -= tl.where(far, 64, beyond * bound)
     return (tl.where(below, 1 - beyond, 2 + beyond) << 6) | away
 
 
@@ -248,16 +275,13 @@ def _planes(stored, LANES: tl.constexpr, QUARTERS: tl.constexpr):
 
 @triton.jit
 def _sketch_blocks(
-    key, key_index, end, matrix, part, codes, scales, first_block, head, sequence,
+    key, key_index, end, part, codes, scales, first_block, head, sequence,
     k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
     INDEXED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of TILE blocks of one head of a sequence of `end` tokens.
-
-    `part` is the matrix where it is already there.
-    """
+    """Codes and scales of TILE blocks of one head of a sequence of `end` tokens, rotated by `part`."""
     LONE: tl.constexpr = TILE == 1 and UNROLL > 1
     if first_block * BLOCK < end:
         dim = tl.arange(0, PADDED_DIM)
@@ -268,20 +292,18 @@ def _sketch_blocks(
             base, key_index, sequence, first_block * BLOCK, 0, end, k_token, num_keys, dim, salience, 1.0,
             TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED, UNROLL, LONE,
         )  # fmt: skip
-        columns = _matrix(matrix, dim, coordinate, HEAD_DIM, WIDTH) if part is None else part
-        values = _rotate(pooled, columns)
+        values = _rotate(pooled, part)
         block = _block_numbers(first_block, TILE, LONE)
-        tokens = tl.minimum(tl.maximum(end - block * BLOCK, 1), BLOCK)
-        count = ((tokens + SUB - 1) // SUB).to(tl.float32)
+        count = _runs(0, tl.minimum(end - block * BLOCK, BLOCK), SUB)
         squares = _block_sums(tl.sum(values * values, 1), TILE, RUNS, LONE)
         scale = tl.maximum(tl.sqrt(squares / (count * WIDTH)) * step_of_spread, 1.1754944e-38)
-        code = _code(values, _column(_of_lanes(1.0 / scale, TILE, RUNS, LONE), LONE))
+        code = _code(values, _column(_of_lanes(1.0 / scale, TILE, RUNS, LONE)))
         total = _block_sums(tl.where(real[:, None], code, 0), TILE, RUNS, LONE)
-        mean = tl.floor(total.to(tl.float32) / _column(count, LONE) + 0.5).to(tl.int32)
+        mean = tl.floor(total.to(tl.float32) / _column(count) + 0.5).to(tl.int32)
         apart = code - _row_of_lanes(mean, TILE, RUNS, LONE)
         squares = _block_sums(tl.where(real, tl.sum(apart * apart, 1), 0), TILE, RUNS, LONE).to(tl.float32)
         bound = tl.minimum(tl.maximum(tl.floor(tl.sqrt(squares / (count * WIDTH)) + 0.5), 1.0), 64.0)
-        stored = _stored(apart, _column(_of_lanes(bound.to(tl.int32), TILE, RUNS, LONE), LONE))
+        stored = _stored(apart, _column(_of_lanes(bound.to(tl.int32), TILE, RUNS, LONE)))
         planes = _planes(stored, TILE * RUNS, PADDED_QUARTER)
         lane = tl.arange(0, TILE * RUNS)
         run, of_lane = lane % RUNS, first_block + lane // RUNS
@@ -293,8 +315,8 @@ def _sketch_blocks(
         at = at[:, None, :] + plane * PER_BLOCK * QUARTER
         tl.store(to + at, (planes[:, None, :] >> (8 * plane)).to(tl.uint8), mask=inside[:, None, :] & (plane >= 0))
         written = block * BLOCK < end
-        at_mean = _column(block.to(tl.int64), LONE) * c_block + _row(coordinate, LONE)
-        mean_written = _column(written, LONE) & _row(coordinate < 4 * QUARTER, LONE)
+        at_mean = _column(block.to(tl.int64)) * c_block + _row(coordinate, LONE)
+        mean_written = _column(written) & _row(coordinate < 4 * QUARTER, LONE)
         tl.store(to + at_mean, (mean + 128).to(tl.uint8), mask=mean_written)
         to_scale = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head + block.to(tl.int64) * s_block
         tl.store(to_scale, scale, mask=written)
@@ -308,48 +330,47 @@ def _round_queries(values):
     return tl.floor(values * (1.0 / scale)[:, None] + 0.5).to(tl.int8), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _sketch_keys(
     key, key_index, past, length, matrix, codes, scales,
     k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
+    tiles,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
-    INDEXED: tl.constexpr,
+    INDEXED: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scales of TILE blocks of one head, counted from the sequence's first open one."""
+    """`tiles` tiles of blocks of one head, counted from the sequence's first open one, one after the other."""
     head, sequence = tl.program_id(1), tl.program_id(2)
-    first_block = tl.load(past + sequence).to(tl.int32) // BLOCK + tl.program_id(0) * TILE
     end = tl.load(length + sequence).to(tl.int32)
-    _sketch_blocks(
-        key, key_index, end, matrix, None, codes, scales, first_block, head, sequence,
-        k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block,
-        num_keys, step_of_spread, salience,
-        BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, QUARTER, PADDED_QUARTER, INDEXED, 1,
-    )  # fmt: skip
+    first_block = tl.load(past + sequence).to(tl.int32) // BLOCK
+    part = _matrix(matrix, tl.arange(0, PADDED_DIM), _coordinates(QUARTER, PADDED_QUARTER), HEAD_DIM, WIDTH)
+    for tile in tl.range(tl.program_id(0) * tiles, (tl.program_id(0) + 1) * tiles, num_stages=1):
+        _sketch_blocks(
+            key, key_index, end, part, codes, scales, first_block + tile * TILE, head, sequence,
+            k_batch, k_head, k_token, c_batch, c_head, c_block, s_batch, s_head, s_block,
+            num_keys, step_of_spread, salience,
+            BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, QUARTER, PADDED_QUARTER, INDEXED, UNROLL,
+        )  # fmt: skip
 
 
 @triton.jit
-def _sketch_queries(
-    query, query_index, past, length, matrix, codes, scales, last_rank,
-    q_batch, q_head, q_token, num_rows, num_queries, salience, contrast,
+def _sketch_query_blocks(
+    query, query_index, part, codes, scales, last_rank, first_row, head, sequence, seen, end,
+    q_batch, q_head, q_token, num_rows, num_heads, num_queries, salience, contrast,
     BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, KEPT: tl.constexpr,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, INDEXED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, COLUMNS: tl.constexpr, INDEXED: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The KEPT most salient sub-queries of each of TILE query blocks of one head, rounded."""
+    """The KEPT most salient sub-queries of each of TILE query blocks of one head, rotated by `part` and rounded."""
     SUB: tl.constexpr = BLOCK // PER_BLOCK
-    head, sequence = tl.program_id(1), tl.program_id(2)
-    end = tl.load(length + sequence).to(tl.int32)
-    seen = tl.load(past + sequence).to(tl.int32)
-    first_row = tl.program_id(0) * TILE
     start = (seen // BLOCK + first_row) * BLOCK
-    dim = tl.arange(0, PADDED_DIM)
+    dim, column = tl.arange(0, PADDED_DIM), tl.arange(0, COLUMNS)
     base = query + sequence.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
     pooled, real = _pooled(
         base, query_index, sequence, start, seen, end, q_token, num_queries, dim, salience, contrast,
-        TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED, 1, False,
+        TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED, UNROLL, TILE == 1 and UNROLL > 1,
     )  # fmt: skip
-    column = tl.arange(0, COLUMNS)
-    values = _rotate(pooled, _matrix(matrix, dim, column, HEAD_DIM, WIDTH))
+    values = _rotate(pooled, part)
     lane = tl.arange(0, TILE * RUNS)
     run = tl.arange(0, RUNS)
     of_block = tl.broadcast_to((run < PER_BLOCK)[None, :], [TILE, RUNS])
@@ -358,11 +379,12 @@ def _sketch_queries(
     if KEPT < PER_BLOCK:
         real_runs = tl.reshape(real, [TILE, RUNS])
         grouped = tl.reshape(values, [TILE, RUNS, COLUMNS])
-        count = tl.maximum(tl.sum(real_runs.to(tl.float32), 1), 1.0)
-        centre = tl.sum(grouped, 1) / count[:, None]
+        block_start = _block_numbers(start // BLOCK, TILE, TILE == 1) * BLOCK
+        count = _runs(tl.maximum(seen - block_start, 0), tl.minimum(end - block_start, BLOCK), SUB)
+        centre = tl.sum(grouped, 1) / _column(count)
         apart = grouped - centre[:, None, :]
         # Two are equally far from their mean, whatever rounding says.
-        apart_squared = tl.where((count == 2.0)[:, None], 0.0, tl.sum(apart * apart, 2))
+        apart_squared = tl.where(_column(count == 2.0), 0.0, tl.sum(apart * apart, 2))
         distance = tl.where(real_runs, apart_squared, -1.0)
         # Equal to a stable descending sort: how many come before each. Kept ones stay in the order of their tokens.
         mine, other = distance[:, :, None], distance[:, None, :]
@@ -374,14 +396,35 @@ def _sketch_queries(
     kept_lane = tl.reshape(kept, [TILE * RUNS]) & (first_row + lane // RUNS < num_rows)
     rounded, scale = _round_queries(values)
     last = tl.minimum(start + (lane // RUNS) * BLOCK + (lane % RUNS) * SUB + SUB - 1, end - 1)
-    first_slot = (sequence.to(tl.int64) * num_rows + first_row) * tl.num_programs(1) + head
-    slot = (lane // RUNS) * (tl.num_programs(1) * KEPT) + tl.reshape(place, [TILE * RUNS])
+    first_slot = (sequence.to(tl.int64) * num_rows + first_row) * num_heads + head
+    slot = (lane // RUNS) * (num_heads * KEPT) + tl.reshape(place, [TILE * RUNS])
     to = codes + first_slot * (KEPT * COLUMNS)
     tl.store(
         to + (slot[:, None] * COLUMNS + column[None, :]), rounded, mask=kept_lane[:, None] & (column >= 0)[None, :]
     )
     tl.store(scales + first_slot * KEPT + slot, scale, mask=kept_lane)
     tl.store(last_rank + first_slot * KEPT + slot, tl.where(real, last, -1), mask=kept_lane)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _sketch_queries(
+    query, query_index, past, length, matrix, codes, scales, last_rank,
+    q_batch, q_head, q_token, num_rows, num_queries, salience, contrast, tiles,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, KEPT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, INDEXED: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    """`tiles` tiles of query blocks of one head, one after the other."""
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    seen, end = tl.load(past + sequence).to(tl.int32), tl.load(length + sequence).to(tl.int32)
+    part = _matrix(matrix, tl.arange(0, PADDED_DIM), tl.arange(0, COLUMNS), HEAD_DIM, WIDTH)
+    for tile in tl.range(tl.program_id(0) * tiles, (tl.program_id(0) + 1) * tiles, num_stages=1):
+        if tile * TILE < num_rows:
+            _sketch_query_blocks(
+                query, query_index, part, codes, scales, last_rank, tile * TILE, head, sequence, seen, end,
+                q_batch, q_head, q_token, num_rows, tl.num_programs(1), num_queries, salience, contrast,
+                BLOCK, TILE, RUNS, PER_BLOCK, KEPT, HEAD_DIM, PADDED_DIM, COLUMNS, INDEXED, UNROLL,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -406,7 +449,7 @@ def _sketch_step(
     )
     if task < kv_heads:
         _sketch_blocks(
-            key, key_index, end, matrix, part, codes, scales, seen // BLOCK, task, sequence, k_batch, k_head, k_token,
+            key, key_index, end, part, codes, scales, seen // BLOCK, task, sequence, k_batch, k_head, k_token,
             c_batch, c_head, c_block, s_batch, s_head, s_block, num_keys, step_of_spread, salience,
             BLOCK, TILE, RUNS, PER_BLOCK, HEAD_DIM, PADDED_DIM, WIDTH, QUARTER, PADDED_QUARTER, INDEXED, UNROLL,
         )  # fmt: skip
@@ -438,11 +481,20 @@ def _sizes(
     """
     per_block = block_size // sub_block
     runs = next_power_of_2(per_block)
-    tile = max(1, min(launch.lanes // runs, next_power_of_2(blocks)))
+    tile = max(1, min(launch.lanes // runs, next_power_of_2(blocks)), 16 // runs)
+    warps = launch.num_warps * max(1, tile * runs // launch.lanes)
     return {
-        "BLOCK": block_size, "TILE": max(tile, 16 // runs), "RUNS": runs, "PER_BLOCK": per_block, "HEAD_DIM": head_dim,
-        "PADDED_DIM": padded_dim(head_dim), "WIDTH": width, "num_warps": launch.num_warps,
+        "BLOCK": block_size, "TILE": tile, "RUNS": runs, "PER_BLOCK": per_block, "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded_dim(head_dim), "WIDTH": width, "UNROLL": min(launch.unroll, sub_block),
+        "num_warps": min(warps, MOST_WARPS), **register_limit(launch.max_registers),
     }  # fmt: skip
+
+
+def _in_turn(tiles: int, rest: int, device: torch.device) -> tuple[int, int]:
+    """Programs of each of `rest` heads of sequences, and how many of its `tiles` each takes."""
+    most = tiles * rest // (LEAST_PROGRAMS * device_of(device).processors)
+    each = max(1, min(LAUNCH.tiles, most))
+    return -(-tiles // each), each
 
 
 def _quarters(width: int) -> dict[str, int]:
@@ -484,10 +536,11 @@ def sketch_keys(
     batch, heads, num_keys, head_dim = key.shape
     width = matrix.shape[1]
     sizes = _sizes(block_size, key_sub_block, num_blocks, head_dim, width, LAUNCH)
-    _sketch_keys[(-(-num_blocks // sizes["TILE"]), heads, batch)](
+    programs, each = _in_turn(-(-num_blocks // sizes["TILE"]), heads * batch, key.device)
+    _sketch_keys[(programs, heads, batch)](
         key, layout.key_index, layout.past, layout.length, matrix, codes, scales,
         *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience,
-        **sizes, **_quarters(width), INDEXED=layout.key_index is not None,
+        each, **sizes, **_quarters(width), INDEXED=layout.key_index is not None,
     )  # fmt: skip
 
 
@@ -514,9 +567,10 @@ def sketch_queries(
     packed = _empty(batch, rows, heads, kept, width, query.device)
     if rows:
         sizes = _sizes(block_size, query_sub_block, rows, head_dim, width, LAUNCH)
-        _sketch_queries[(-(-rows // sizes["TILE"]), heads, batch)](
+        programs, each = _in_turn(-(-rows // sizes["TILE"]), heads * batch, query.device)
+        _sketch_queries[(programs, heads, batch)](
             query, layout.query_index, layout.past, layout.length, matrix, *packed,
-            *query.stride()[:3], rows, num_queries, salience, contrast,
+            *query.stride()[:3], rows, num_queries, salience, contrast, each,
             **sizes, KEPT=kept, COLUMNS=packed.codes.shape[-1], INDEXED=layout.query_index is not None,
         )  # fmt: skip
     return packed
@@ -543,8 +597,6 @@ def sketch_step(
     heads, width = query.shape[1], matrix.shape[1]
     packed = _empty(batch, 1, heads, 1, width, query.device)
     sizes = _sizes(block_size, key_sub_block, 1, head_dim, width, STEP_LAUNCH)
-    if sizes["RUNS"] > STEP_LAUNCH.lanes or batch * kv_heads <= MOST_OVERLAPPED:
-        sizes["num_warps"] = MOST_STEP_WARPS
     group = heads // kv_heads
     _sketch_step[(2 * kv_heads, batch)](
         key, layout.key_index, query, layout.query_index, layout.past, layout.length, matrix, codes, scales,
@@ -552,7 +604,7 @@ def sketch_step(
         *scales.stride()[:3], num_keys, kv_heads, step, salience,
         **sizes, **_quarters(width), GROUP=group,
         LANES=max(16, next_power_of_2(group)), INDEXED=layout.key_index is not None,
-        UNROLL=min(MOST_UNROLLED, key_sub_block), PDL=overlaps(key.device, batch * kv_heads),
+        PDL=overlaps(key.device, batch * kv_heads),
     )  # fmt: skip
     return packed
 

@@ -78,6 +78,11 @@ def dependent(pdl: bool) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
+def register_limit(max_registers: int | None) -> dict[str, int]:
+    """Launch argument that limits a thread's registers, where the compiler takes one."""
+    return {} if max_registers is None or torch.version.hip else {"maxnreg": max_registers}
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
