@@ -294,11 +294,31 @@ def test_the_fastest_dense_kernel_is_looked_up(
     """With the table's lengths made short; whether a kernel is there is the machine's."""
     monkeypatch.setattr(dense, "FASTEST_FROM", {9: {"flash-attn-4": 200, "cudnn": 64}})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda parameters: True)
     monkeypatch.setattr(flash_cute, "dense_supported", lambda *tensors: None if installed else "not installed")
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
     query, key, value, _ = inputs(1, 4, 2, new, past, 32, 0, torch.float16)
     assert dense.fastest_dense(query, key, value) == expected
+    # A graph that is captured has a table of its own.
+    monkeypatch.setattr(dense, "FASTEST_CAPTURED_FROM", {9: {"cudnn": 60}})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert dense.fastest_dense(query, key, value) == ("cudnn" if past == 0 else None)
+
+
+@needs_hopper
+@pytest.mark.filterwarnings("default")
+def test_a_short_prompt_in_a_graph_takes_flash_attention_4() -> None:
+    """Its first call may be the captured one, which then compiles the kernel."""
+    query, key, value, layout = inputs(1, 8, 2, 700, 0, 128, 0, torch.bfloat16)
+    assert dense.fastest_dense(query, key, value) is None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert dense.fastest_dense(query, key, value) == "flash-attn-4"
+        output = attend_dense(query, key, value, layout, scale=0.1)
+    graph.replay()
+    exact = attend_dense(query.float(), key.float(), value.float(), layout, scale=0.1)
+    torch.testing.assert_close(output.float(), exact, atol=1.6e-2, rtol=0)
 
 
 @needs_hopper

@@ -73,7 +73,7 @@ class AttentionOptions:
     baselines : tuple of str
         Names of `sketch_walk.bench.baselines`.
     graph : bool
-        Time decode steps inside a CUDA graph, and eagerly where that is not possible.
+        Time calls inside a CUDA graph, and eagerly where that is not possible.
     check_tokens : int
         Longest call that is compared with the reference kernel.
     changes : dict
@@ -170,7 +170,7 @@ class Case:
     @property
     def graph(self) -> bool:
         """Whether times come from inside a CUDA graph where that is possible."""
-        return self.decode and self.options.graph
+        return self.options.graph
 
     def row(self, method: str, kind: str, config: SketchWalkConfig | None = None) -> Row:
         """A row without a time."""

@@ -37,7 +37,7 @@ DType = Annotated[
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any field of SketchWalkConfig, as name=value; may be repeated.")
 ]
-Graph = Annotated[bool, typer.Option("--graph", help="Time decode steps inside a CUDA graph.")]
+Graph = Annotated[bool, typer.Option("--graph", help="Time calls inside a CUDA graph; of a model its decode steps.")]
 Repeats = Annotated[int, typer.Option(help="Timed repeats of each call.")]
 CheckTokens = Annotated[str, typer.Option(help="Longest call that is compared with the reference kernel.")]
 Seed = Annotated[int, typer.Option(help="Seed of the random tensors.")]

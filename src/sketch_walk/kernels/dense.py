@@ -28,6 +28,9 @@ DECODE_BLOCK = 64
 # (benchmarks/results/gpu_cute.json). cuDNN takes 65 ms for the first call of every length, as much as it saves a model
 # of 32 layers at 16,384 tokens; flash-attn-4 compiles once for all lengths.
 FASTEST_FROM = {9: {"flash-attn-4": 2048, "cudnn": 16384}}
+# The same while a CUDA graph is captured, which leaves the host out (gpu_short_graph.json): elsewhere short prompts wait
+# for flash-attn-4's Python longer than for the device (gpu_short.json).
+FASTEST_CAPTURED_FROM = {9: {"flash-attn-4": 512, "cudnn": 16384}}
 
 
 def fastest_dense(
@@ -38,7 +41,8 @@ def fastest_dense(
     """The kernel for unpadded causal attention of the last `num_queries` tokens; None leaves the choice to torch."""
     if not query.is_cuda or torch.version.hip is not None or torch.compiler.is_compiling():
         return None
-    table = FASTEST_FROM.get(torch.cuda.get_device_capability(query.device)[0], {})
+    tables = FASTEST_CAPTURED_FROM if torch.cuda.is_current_stream_capturing() else FASTEST_FROM
+    table = tables.get(torch.cuda.get_device_capability(query.device)[0], {})
     for name, start in table.items():
         if key.shape[2] >= start and _why_not(name, query, key, value) is None:
             return name
