@@ -28,8 +28,8 @@ DECODE_BLOCK = 64
 # (benchmarks/results/gpu_cute.json). cuDNN takes 65 ms for the first call of every length, as much as it saves a model
 # of 32 layers at 16,384 tokens; flash-attn-4 compiles once for all lengths.
 FASTEST_FROM = {9: {"flash-attn-4": 2048, "cudnn": 16384}}
-# The same while a CUDA graph is captured, which leaves the host out (gpu_short_graph.json): elsewhere short prompts wait
-# for flash-attn-4's Python longer than for the device (gpu_short.json).
+# The same while a CUDA graph is captured, which leaves the host out (gpu_short_graph.json): elsewhere a short prompt
+# waits for flash-attn-4's Python longer than for the device (gpu_short.json).
 FASTEST_CAPTURED_FROM = {9: {"flash-attn-4": 512, "cudnn": 16384}}
 
 
