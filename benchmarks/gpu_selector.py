@@ -192,7 +192,7 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> Part:
     )  # fmt: skip
     for launch in STEP_VARIANTS:
         registers = "" if launch.max_registers is None else f", {launch.max_registers} registers"
-        name = f"peaks, {launch.sub_keys} sub-keys, {launch.num_warps} warps{registers}"
+        name = f"peaks, {launch.sub_keys} sub-keys, {launch.num_warps} warps, {launch.num_stages} stages{registers}"
         stages.add_graph(name, partial(peaks, launch=launch))
     scores = partial(call_scores, state, query, layout, SCALE)
     stages.add_graph("call_scores", scores)
