@@ -132,7 +132,7 @@ def prefill(tokens: int, block: int, repeats: int) -> Part:
     stages.add("sketch_queries", sketch)
     codes, scales = state.read_keys(tokens // block)
     assert scales is not None
-    stages.add("unpack", partial(triton_peaks.unpack_keys, codes, 128 // (block // 4), block // 4, 128))
+    stages.add("unpack", partial(triton_peaks.unpack_keys, codes, scales, 128 // (block // 4), block // 4, 128))
     queries = sketch()
     score = partial(
         triton_peaks.peak_scores, queries, codes, scales, layout.length, scale=SCALE, per_block=block // 4,
