@@ -130,24 +130,22 @@ def backward(target: Target) -> int:
 
 
 def decode(target: Target, padded: bool) -> int:
-    """Split and merge of a selection from a paged cache, if padded, else of a selection that is remembered, in programs
-    of a number of blocks that is no power of two, and of all tokens.
-    """
+    """Split and merge: of a selection in a paged cache if padded, else of one that is remembered, and of all tokens."""
     page = 16 if padded else 0
     launch = triton_decode.decode_launch(8, KV_HEADS, 205, BLOCK, HEAD_DIM, 2, target.device, page)
     constants = {
-        **SHAPE, "LANES": 16, "BLOCKS": launch.blocks, "KEYS": launch.keys, "PAGE": page,
+        **SHAPE, "LANES": 16, "KEYS": launch.keys, "PAGE": page,
         "WHOLE": False, "STAGES": launch.num_stages, "UNITS": max(1, BLOCK // launch.keys),
         **({} if padded else {"table": None}),
     }  # fmt: skip
     size = 0
     forgets: dict[str, object] = {"masses": None, "memory": None, "past": None}
-    remembers: dict[str, object] = {"BLOCKS": 7}
-    for table in [forgets] if padded else [remembers, {**forgets, "indices": None, "counts": None}]:
+    for table in [forgets] if padded else [{}, {**forgets, "indices": None, "counts": None}]:
         size += compile_for(triton_decode._decode, constants | table, target, launch.num_warps, launch.num_stages)
-        both = {**constants, **table, "MERGED": triton_decode.MERGED}
-        merge = {name: part for name, part in both.items() if name in triton_decode._merge.arg_names}
-        size += compile_for(triton_decode._merge, merge, target)
+        for merged in triton_decode.MERGED:
+            both = {**constants, **table, "MERGED": merged}
+            merge = {name: part for name, part in both.items() if name in triton_decode._merge.arg_names}
+            size += compile_for(triton_decode._merge, merge, target)
     return size
 
 

@@ -230,6 +230,41 @@ def test_a_step_without_a_table_reads_what_is_filled(split: int) -> None:
     torch.testing.assert_close(attend_filled(query, key, value, layout, 0.2), output, atol=error, rtol=0)
 
 
+class Launches:
+    """Stands for a kernel: keeps the constants it is launched with."""
+
+    def __init__(self) -> None:
+        self.seen: set[frozenset[tuple[str, object]]] = set()
+
+    def __getitem__(self, grid: object) -> Launches:
+        return self
+
+    def __call__(self, *arguments: object, **constants: object) -> None:
+        self.seen.add(frozenset(constants.items()))
+
+
+def test_a_longer_selection_compiles_no_new_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel takes half a second to compile, and a prompt's last token takes a decode step at every length."""
+    from sketch_walk.kernels import triton_decode
+
+    kernels = {name: Launches() for name in ("_decode", "_merge")}
+    for name, launches in kernels.items():
+        monkeypatch.setattr(triton_decode, name, launches)
+    monkeypatch.setattr(triton_decode, "device_of", lambda device: triton_decode.Device(132, 232448))
+    query, key = torch.zeros(1, 8, 1, 64), torch.zeros(1, 2, 64, 64)
+    length = torch.ones(1, dtype=torch.int64)
+    launches_taken = set()
+    for selected in range(1, 600, 11):
+        indices, counts = torch.zeros(1, 1, 1, selected, dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.int32)
+        memory = torch.zeros(1, 1, selected)
+        triton_decode.decode(query, key, key, indices, counts, length, 64, 0.1, memory=memory, past=length)
+        device = triton_decode.Device(132, 232448)
+        launches_taken.add(triton_decode.decode_launch(1, 2, selected, 64, 64, 4, device).blocks)
+    assert len(launches_taken) > 3
+    # Few and many partial results to merge.
+    assert [len(launches.seen) for launches in kernels.values()] == [1, 2]
+
+
 @runs
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(

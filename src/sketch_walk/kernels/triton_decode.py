@@ -46,8 +46,8 @@ MOST_BLOCKS = 32
 # Bytes of one tile of keys, and of all tiles in flight: two programs of a 228 KiB multiprocessor then run at once.
 KEY_TILE_BYTES = 16384
 IN_FLIGHT_BYTES = 98304
-# Partial results that are merged at a time.
-MERGED = 64
+# Partial results that are merged at a time: few, or many.
+MERGED = (16, 64)
 # Blocks whose shares are remembered at a time.
 REMEMBERED = tl.constexpr(128)
 
@@ -131,17 +131,21 @@ def _num_selected(counts, length, sequence, selection, c_batch, c_head, BLOCK: t
     return count
 
 
-@triton.jit(do_not_specialize=["num_splits", "i_batch", "i_head", "c_batch", "c_head", "t_batch"])
+# What a longer cache changes is no reason to compile anew.
+SIZES = ["num_splits", "split_blocks", "i_batch", "i_head", "c_batch", "c_head"]
+
+
+@triton.jit(do_not_specialize=[*SIZES, "num_units", "t_batch"])
 def _decode(
     query, key, value, output, partial, masses, indices, counts, length, table,
     q_batch, q_head, k_batch, k_head, k_page, k_token, v_batch, v_head, v_page, v_token, o_batch, o_head,
     i_batch, i_head, c_batch, c_head, t_batch,
-    num_splits, num_units, scale_log2,
-    GROUP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, KEYS: tl.constexpr,
+    num_splits, num_units, split_blocks, scale_log2,
+    GROUP: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, PAGE: tl.constexpr,
     WHOLE: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS selected blocks of one sequence, for the heads of one group: an unnormalised partial result.
+    """`split_blocks` selected blocks of one sequence, for the heads of one group: an unnormalised partial result.
 
     Token t stands in row t of a contiguous cache (PAGE 0), else in row t % PAGE of page table[t // PAGE].
     WHOLE: there is one split, and its result is the output. `partial` holds the sums of all splits of all heads, then
@@ -153,7 +157,7 @@ def _decode(
     split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     selection = kv_head if PER_HEAD else 0
     # What is needed first in one trip to memory: the first block's number may turn out to be none.
-    first = split * BLOCKS * BLOCK
+    first = split * split_blocks * BLOCK
     page = indices
     if indices is not None:
         page += sequence.to(tl.int64) * i_batch + selection * i_head
@@ -168,7 +172,7 @@ def _decode(
     inside = real[:, None] & (dim < HEAD_DIM)[None, :]
     head = (kv_head * GROUP + lane).to(tl.int64)
     queries = load_lanes(query, sequence.to(tl.int64) * q_batch + head * q_head, dim, real, HEAD_DIM, WIDEN)
-    if (split * BLOCKS >= count) and (not WHOLE):
+    if (split * split_blocks >= count) and (not WHOLE):
         return
     key += sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
     value += sequence.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
@@ -179,7 +183,7 @@ def _decode(
     best = tl.full([LANES], HIDDEN, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     column = tl.arange(0, KEYS)
-    last = tl.minimum(count, (split + 1) * BLOCKS) * BLOCK
+    last = tl.minimum(count, (split + 1) * split_blocks) * BLOCK
     # The number of a block that all keys of a step share is loaded one step ahead.
     for start in tl.range(first, last, KEYS, num_stages=STAGES):
         slot = start + column
@@ -263,11 +267,11 @@ def _remember(
         tl.atomic_max(memory + block, share, mask=kept, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_splits", "i_batch", "i_head", "c_batch", "c_head"])
+@triton.jit(do_not_specialize=SIZES)
 def _merge(
     partial, output, masses, memory, indices, counts, past, length,
-    o_batch, o_head, i_batch, i_head, c_batch, c_head, m_batch, m_head, num_heads, num_splits,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, MERGED: tl.constexpr,
+    o_batch, o_head, i_batch, i_head, c_batch, c_head, m_batch, m_head, num_heads, num_splits, split_blocks,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Output of one head of one sequence from the partial results of its splits; 0 where there are none.
@@ -283,7 +287,7 @@ def _merge(
     if memory is not None:
         noted = tl.where(tl.load(past + sequence) < tl.load(length + sequence), count, 0)
     await_previous(PDL)
-    used = (count + BLOCKS - 1) // BLOCKS
+    used = (count + split_blocks - 1) // split_blocks
     start = (sequence.to(tl.int64) * num_heads + head) * num_splits
     num_slots = tl.num_programs(1).to(tl.int64) * num_heads * num_splits
     if tl.program_id(0) < num_heads:
@@ -315,7 +319,7 @@ def _merge(
         _remember(
             memory + sequence.to(tl.int64) * m_batch + selection * m_head,
             indices + sequence.to(tl.int64) * i_batch + selection * i_head,
-            masses + (sequence.to(tl.int64) * num_heads + head) * (num_splits * BLOCKS * UNITS),
+            masses + (sequence.to(tl.int64) * num_heads + head) * (num_splits * split_blocks * UNITS),
             tl.max(best + tl.log2(tl.maximum(total, 1.1754944e-38)), 0), noted, UNITS, REMEMBERED,
         )  # fmt: skip
 
@@ -386,8 +390,8 @@ def decode(
         query, key, value, output, partial, masses, indices, counts, length, table,
         *query.stride()[:2], *strides, *output.stride()[:2],
         *selection_strides, 0 if table is None else table.stride(0),
-        splits, splits * launch.blocks * units, scale * LOG2_E,
-        GROUP=group, LANES=max(16, next_power_of_2(group)), BLOCK=block_size, BLOCKS=launch.blocks,
+        splits, splits * launch.blocks * units, launch.blocks, scale * LOG2_E,
+        GROUP=group, LANES=max(16, next_power_of_2(group)), BLOCK=block_size,
         KEYS=launch.keys, HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1,
         PAGE=0 if table is None else page_size or 1, WHOLE=whole, STAGES=launch.num_stages, WIDEN=interpreted(),
         num_warps=launch.num_warps, num_stages=launch.num_stages, **pdl,
@@ -396,8 +400,8 @@ def decode(
         _merge[(heads if memory is None else 2 * heads, batch)](
             partial, output, masses, memory, indices, counts, past, length,
             *output.stride()[:2], *selection_strides, *((0, 0) if memory is None else memory.stride()[:2]), heads,
-            splits,
-            GROUP=group, BLOCK=block_size, BLOCKS=launch.blocks, MERGED=min(MERGED, next_power_of_2(splits)),
+            splits, launch.blocks,
+            GROUP=group, BLOCK=block_size, MERGED=MERGED[splits > MERGED[0]],
             HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1, UNITS=units, num_warps=4,
             **pdl,
         )  # fmt: skip

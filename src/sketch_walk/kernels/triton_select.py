@@ -188,7 +188,7 @@ def _recalled(memory, column, available, past, length, sequence, fade):
     return tl.load(memory + column, mask=column < available, other=0.0) * fade
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _select(
     scores, past, length, budget, sink, local, best, indices, counts, memory, seen,
     s_batch, s_selection, s_row, s_part, m_batch, m_selection,
@@ -236,7 +236,7 @@ def _select(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])
 def _from_peaks(
     peaks, length, budget, sink, local, best, indices, counts, memory, seen,
     p_batch, p_head, m_batch, m_selection,
