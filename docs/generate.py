@@ -59,7 +59,8 @@ SPEED, DECODE, GENERATION = "cpu_prompt.json", "cpu_decode.json", "cpu_generatio
 ANSWERS = "answers_smollm2.json"
 GPU_CUTE, MEMORY, SELECTOR = "gpu_cute.json", "gpu_memory.json", "gpu_selector.json"
 # Of `sketch-walk bench attention`.
-PREFILL, TRITON, STEP, SHORT = "gpu_prefill.json", "gpu_prefill_triton.json", "gpu_decode.json", "gpu_short.json"
+PREFILL, TRITON, STEP = "gpu_prefill.json", "gpu_prefill_triton.json", "gpu_decode.json"
+SHORT, SHORT_GRAPH = "gpu_short.json", "gpu_short_graph.json"
 CROSS, EAGER = "gpu_cross.json", "gpu_eager.json"
 # Of `sketch-walk bench model`, and of benchmarks/gpu_million.py.
 TTFT, MODEL_STEP, MILLION = "gpu_ttft.json", "gpu_step.json", "gpu_million.json"
@@ -95,12 +96,10 @@ PLAIN_MEANS = {"salience": 0.0, "query_contrast": 1.0}
 README_RUNS = (BASE, {**BASE, "density": 0.1}, {**BASE, "block_size": 128})
 DENSE_NAMES = {"sdpa-flash": "SDPA flash", "sdpa-cudnn": "SDPA cuDNN", "flash-attn-4": "flash-attn-4"}
 # The launch variants of benchmarks/gpu_selector.py that the kernels take by themselves.
-PEAK_LAUNCH, STEP_LAUNCH = "64x128, 4 warps, 128 registers", "peaks, 256 sub-keys, 2 warps, 128 registers"
-# What that script times. Before key and query of a step had a kernel of their own it timed them apart.
-EARLIER_SKETCH = "sketch_queries, 32 lanes, 4 warps"
+PEAK_LAUNCH, STEP_LAUNCH = "64x128, 4 warps, 128 registers", "peaks, 256 sub-keys, 2 warps, 2 stages, 128 registers"
+# What that script times.
 PROMPT_STAGES = {
     "sketch_keys": "sketch of keys",
-    EARLIER_SKETCH: "sketch of queries",
     "sketch_queries": "sketch of queries",
     "unpack": "unpacking of codes",
     PEAK_LAUNCH: "peaks",
@@ -108,8 +107,6 @@ PROMPT_STAGES = {
     "select": "selection",
 }
 STEP_STAGES = {
-    "keys": "key",
-    "queries": "query",
     "sketch": "key and query",
     STEP_LAUNCH: "peaks",
     "call_scores": "scores in one call",
@@ -616,34 +613,32 @@ def gpu_readme() -> str:
 
 
 def gpu_short() -> str:
-    """Region: what the automatic path takes for prompts below the crossover."""
-    data = required(SHORT)
-    body = []
-    for dense, row in beside_dense(data, "automatic"):
-        body.append(
-            [
-                f"{row['tokens']:,}",
-                *(f"{dense[name]['median_ms']:.3f}" for name in data["options"]["baselines"]),
-                quartiles(row),
-                row["impl"],
-                f"{row['over_fastest_dense']:.2f}×",
-            ]
-        )
-    text = f"Milliseconds of one layer's prompt, automatic path (`dense_below=None`), {bench_setting(data, SHORT)}"
-    names = (DENSE_NAMES[name] for name in data["options"]["baselines"])
-    head = ("tokens", *names, "automatic (quartiles)", "what ran", "fastest dense / automatic")
-    return "\n\n".join([wrapped(text), table(head, body, left=0), *_sparse_by_now(data)])
-
-
-def _sparse_by_now(data: dict[str, Any]) -> Iterable[str]:
-    """A sentence when rows of the automatic path ran dense at lengths where it would now be sparse."""
-    dense = (row["tokens"] for _, row in beside_dense(data, "automatic") if row["impl"] == "dense")
-    changed = [f"{tokens:,}" for tokens in dense if tokens >= kernels.PREFILL_CROSSOVER["cuda"]]
-    if changed:
-        lengths = " and ".join(changed)
-        yield wrapped(
-            f"At {lengths} tokens the automatic path was dense when this was timed; by now it is sparse there."
-        )
+    """Region: what the automatic path takes for prompts below the crossover, in a CUDA graph and called by the host."""
+    graphs, eager = required(SHORT_GRAPH), required(SHORT)
+    names = [DENSE_NAMES[name] for name in graphs["options"]["baselines"]]
+    inside, outside = [], []
+    for dense, row in beside_dense(graphs, "automatic"):
+        times = (f"{dense[name]['median_ms']:.3f}" for name in graphs["options"]["baselines"])
+        ratio = f"{row['over_fastest_dense']:.2f}×"
+        inside.append([f"{row['tokens']:,}", *times, quartiles(row), row["impl"], ratio])
+    for dense, row in beside_dense(eager, "automatic"):
+        every = (*(dense[name] for name in eager["options"]["baselines"]), row)
+        times = (f"{x['median_ms']:.3f} / {x['host_ms']:.3f}" for x in every)
+        outside.append([f"{row['tokens']:,}", *times, f"{row['over_fastest_dense']:.2f}×"])
+    text = (
+        "Milliseconds of one layer's prompt in a CUDA graph, automatic path (`dense_below=None`), "
+        f"{bench_setting(graphs, SHORT_GRAPH)}"
+    )
+    called = f"The same called by the host, device / host. Source: `benchmarks/results/{SHORT}`."
+    last = "fastest dense / automatic"
+    return "\n\n".join(
+        [
+            wrapped(text),
+            table(("tokens", *names, "automatic (quartiles)", "what ran", last), inside, left=0),
+            wrapped(called),
+            table(("tokens", *names, "automatic", f"{last}, device"), outside, left=0),
+        ]
+    )
 
 
 def quartiles(row: Row, digits: int = 3) -> str:
@@ -1023,11 +1018,11 @@ def gpu_aims() -> str:
         *_selector_aims(),
         *(
             (
-                f"automatic path, prompt of {row['tokens']:,}, of the fastest dense kernel's speed",
+                f"automatic path in a CUDA graph, prompt of {row['tokens']:,}, of the fastest dense kernel's speed",
                 f"at least {SHORT_SPEED:g}",
                 judged(f"{row['over_fastest_dense']:.2f}", row["over_fastest_dense"] >= SHORT_SPEED),
             )
-            for _, row in beside_dense(required(SHORT), "automatic")
+            for _, row in beside_dense(required(SHORT_GRAPH), "automatic")
         ),
         *(
             (
@@ -1081,37 +1076,27 @@ def gpu_selector() -> str:
         f"Milliseconds of device time: {data['what']}; {checked}. {data['device']}, torch {data['torch']}, triton "
         f"{data['triton']}. Source: `benchmarks/results/{SELECTOR}`."
     )
-    prompt_stages = _timed_stages(PROMPT_STAGES, data["prefill"][0]["ms"])
-    step_stages = _timed_stages(STEP_STAGES, data["decode"][0]["graph_ms"])
     prompts, steps = [], []
     for row in data["prefill"]:
         ms = row["ms"]
         whole = sum(ms[name] for name in ("sketch_keys", "call_scores", "select"))
-        times = (f"{value:.2f}" for value in (*(ms[name] for name in prompt_stages), whole))
+        times = (f"{value:.2f}" for value in (*(ms[name] for name in PROMPT_STAGES), whole))
         prompts.append([f"{row['tokens']:,}", str(row["block_size"]), *times])
     for row in data["decode"]:
-        times = (f"{row['graph_ms'][name]:.4f}" for name in step_stages)
+        times = (f"{row['graph_ms'][name]:.4f}" for name in STEP_STAGES)
         steps.append([str(row["batch"]), f"{row['tokens']:,}", str(row["block_size"]), *times])
-    head = ("tokens", "block", *prompt_stages.values(), "keys, scores and selection")
-    before = ["**Measured with the sketch kernels before today's.**"] if EARLIER_SKETCH in prompt_stages else []
-    variants = [_variants("prompt", data["prefill"], "ms", ("64x", "128x"), 2)]
-    if STEP_LAUNCH in data["decode"][0]["graph_ms"]:
-        variants.append(_variants("decode step", data["decode"], "graph_ms", ("peaks",), 4))
+    head = ("tokens", "block", *PROMPT_STAGES.values(), "keys, scores and selection")
     return "\n\n".join(
         [
-            wrapped(" ".join([*before, text])),
+            wrapped(text),
             table(head, prompts, left=0),
             "A decode step, in a CUDA graph:",
-            table(("batch", "tokens", "block", *step_stages.values()), steps, left=0),
+            table(("batch", "tokens", "block", *STEP_STAGES.values()), steps, left=0),
             "Other ways to launch the peaks; **bold** is what runs:",
-            *variants,
+            _variants("prompt", data["prefill"], "ms", ("64x", "128x"), 2),
+            _variants("decode step", data["decode"], "graph_ms", ("peaks",), 4),
         ]
     )
-
-
-def _timed_stages(stages: dict[str, str], times: Row) -> dict[str, str]:
-    """Those of `stages` that a file has timed."""
-    return {name: label for name, label in stages.items() if name in times}
 
 
 def _variants(call: str, rows: Sequence[Row], times: str, starts: tuple[str, ...], digits: int) -> str:
