@@ -24,7 +24,7 @@ from sketch_walk.layout import Layout
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
-    from sketch_walk.kernels.triton_sketch import PackedQueries
+    from sketch_walk.kernels.triton_sketch import PackedQueries, StepQueries
 
 IMPLEMENTATIONS = ("auto", "reference", "triton", "cute")
 
@@ -244,7 +244,7 @@ def peak_scores(
 
 
 def _step_peaks(
-    queries: PackedQueries,
+    queries: PackedQueries | StepQueries,
     layout: Layout,
     codes: Tensor,
     scales: Tensor,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sketch_walk.kernels.triton_sketch import PackedQueries
+from sketch_walk.kernels.triton_sketch import PackedQueries, StepQueries
 from sketch_walk.kernels.triton_tiles import (
     HIDDEN,
     LOG2_E,
@@ -528,7 +528,7 @@ def peak_scores(
 
 
 def decode_peaks(
-    queries: PackedQueries,
+    queries: PackedQueries | StepQueries,
     codes: Int[Tensor, "batch kv_heads blocks payload"],
     scales: Float[Tensor, "batch kv_heads blocks 2"],
     length: Int[Tensor, " batch"],

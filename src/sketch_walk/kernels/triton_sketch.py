@@ -80,6 +80,13 @@ class PackedQueries(NamedTuple):
     last_rank: Tensor
 
 
+class StepQueries(NamedTuple):
+    """Codes and scales of a decode step's queries, as `PackedQueries` has them; a step sees everything."""
+
+    codes: Tensor
+    scales: Tensor
+
+
 @triton.jit
 def _tokens(
     base, index, sequence, rank, first_slot, end, token_stride, num_index, dim, inside,
@@ -564,7 +571,8 @@ def sketch_queries(
     if num_queries == 1:
         block_size = query_sub_block = kept = 1
     rows, width = layout.num_query_blocks(block_size), matrix.shape[1]
-    packed = _empty(batch, rows, heads, kept, width, query.device)
+    codes, scales = _empty(batch, rows, heads, kept, width, query.device)
+    packed = PackedQueries(codes, scales, torch.empty_like(scales, dtype=torch.int32))
     if rows:
         sizes = _sizes(block_size, query_sub_block, rows, head_dim, width, LAUNCH)
         programs, each = _in_turn(-(-rows // sizes["TILE"]), heads * batch, query.device)
@@ -588,11 +596,8 @@ def sketch_step(
     key_sub_block: int,
     step: float,
     salience: float,
-) -> PackedQueries:
-    """`sketch_keys` and `sketch_queries` of one query per sequence, in one kernel.
-
-    The ranks of the queries are not written: a decode step sees everything.
-    """
+) -> StepQueries:
+    """`sketch_keys` and `sketch_queries` of one query per sequence, in one kernel."""
     batch, kv_heads, num_keys, head_dim = key.shape
     heads, width = query.shape[1], matrix.shape[1]
     packed = _empty(batch, 1, heads, 1, width, query.device)
@@ -609,11 +614,10 @@ def sketch_step(
     return packed
 
 
-def _empty(batch: int, rows: int, heads: int, kept: int, width: int, device: torch.device) -> PackedQueries:
+def _empty(batch: int, rows: int, heads: int, kept: int, width: int, device: torch.device) -> StepQueries:
+    """Memory for codes and scales."""
     shape = (batch, rows, heads, kept)
-    columns = max(32, next_power_of_2(width))
-    return PackedQueries(
-        torch.empty(*shape, columns, dtype=torch.int8, device=device),
+    return StepQueries(
+        torch.empty(*shape, max(32, next_power_of_2(width)), dtype=torch.int8, device=device),
         torch.empty(shape, dtype=torch.float32, device=device),
-        torch.empty(shape, dtype=torch.int32, device=device),
     )
