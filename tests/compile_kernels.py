@@ -149,10 +149,9 @@ def decode(target: Target, padded: bool) -> int:
     return size
 
 
-def _options(constants: dict[str, int], target: Target) -> dict[str, int]:
-    """What of a launch's arguments is the compiler's."""
-    names = {"num_warps": "warps", **({} if target.gpu.backend == "hip" else {"maxnreg": "maxnreg"})}
-    return {names[name]: value for name, value in constants.items() if name in names}
+def _limit(max_registers: int | None, target: Target) -> dict[str, int]:
+    """The compiler's limit of a thread's registers, where it takes one: `register_limit`, but of the target."""
+    return {} if max_registers is None or target.gpu.backend == "hip" else {"maxnreg": max_registers}
 
 
 def sketch(target: Target, padded: bool) -> int:
@@ -169,7 +168,8 @@ def sketch(target: Target, padded: bool) -> int:
     ):
         constants = own | triton_sketch._sizes(BLOCK, 4, blocks, HEAD_DIM, HEAD_DIM, launch)
         named = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        size += compile_for(kernel, named, target, pointers=pointers, **_options(constants, target))
+        limit = _limit(launch.max_registers, target)
+        size += compile_for(kernel, named, target, constants["num_warps"], pointers=pointers, **limit)
     return size
 
 
@@ -182,20 +182,24 @@ def peaks(target: Target, per_head: bool) -> int:
         "ROWS": launch.rows, "TILE_BLOCKS": tile_blocks, "PER_BLOCK": PER_BLOCK, "KEY_SUB": 4, "COLUMNS": HEAD_DIM,
         "CHUNK": triton_peaks.CHUNK, "PER_HEAD": per_head, "WIDEN": False,
     }  # fmt: skip
-    limit = {} if hip or launch.max_registers is None else {"maxnreg": launch.max_registers}
     unpack = {**PACKED, "TILE_BLOCKS": tile_blocks}
-    step_launch = triton_peaks.StepLaunch()
-    step_blocks, step_limit = step_launch.sub_keys // PER_BLOCK, {} if hip else {"maxnreg": step_launch.max_registers}
-    step = {
-        **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": step_blocks, "MEANS": max(16, step_blocks), "KEY_SUB": 4,
-        "WIDEN": False, "ASM": not hip, "STAGES": step_launch.num_stages,
-    }  # fmt: skip
-    return (
-        compile_for(triton_peaks._peaks, constants, target, launch.num_warps, launch.num_stages, **limit)
-        + compile_for(triton_peaks._unpack, unpack, target, pointers={"output": "*i8"})
-        + compile_for(triton_peaks._decode_peaks, step, target, step_launch.num_warps, **step_limit)
-        + compile_for(triton_peaks._decode_peaks, step | {"PDL": False}, target, step_launch.num_warps, **step_limit)
-    )
+    size = compile_for(
+        triton_peaks._peaks, constants, target, launch.num_warps, launch.num_stages,
+        **_limit(launch.max_registers, target),
+    )  # fmt: skip
+    size += compile_for(triton_peaks._unpack, unpack, target, pointers={"output": "*i8"})
+    # Launched early only where a GPU can do that: elsewhere without.
+    for step_launch, early in ((triton_peaks.StepLaunch(), {"PDL": False}), (triton_peaks.OVERLAPPED, {})):
+        blocks = step_launch.sub_keys // PER_BLOCK
+        step = {
+            **PACKED, "GROUP": group, "LANES": 16, "TILE_BLOCKS": blocks, "MEANS": max(16, blocks), "KEY_SUB": 4,
+            "WIDEN": False, "ASM": not hip, "STAGES": step_launch.num_stages, **early,
+        }  # fmt: skip
+        size += compile_for(
+            triton_peaks._decode_peaks, step, target, step_launch.num_warps,
+            **_limit(step_launch.max_registers, target),
+        )  # fmt: skip
+    return size
 
 
 def select(target: Target, rows: int) -> int:

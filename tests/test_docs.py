@@ -179,8 +179,9 @@ def test_a_layer_on_a_gpu_is_divided_by_what_was_timed_beside_it(generate: Modul
                 for row in data["results"]
                 if row["kind"] == "attention" and [row[x] for x in ("batch", "tokens", "block_size", "density")] == case
             )
-            # A step's times have two digits.
-            assert (own, attention) == pytest.approx((layer["median_ms"], alone), rel=0.02, abs=5e-4)
+            assert own == pytest.approx(layer["median_ms"], rel=0.01)
+            # A step's has two digits.
+            assert attention == pytest.approx(alone, rel=0.03)
             assert share == pytest.approx(100 * (layer["median_ms"] / alone - 1), abs=0.51)
             assert over_flash == pytest.approx(dense[0] / own, rel=0.02)
             if len(dense) > 1:

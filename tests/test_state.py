@@ -127,8 +127,7 @@ def test_codes_use_their_range_and_clip_what_lies_beyond() -> None:
     codes, outlines = stored_codes(sketch, 3, 32)
     assert codes[:, :, 0].min() == -128
     assert codes[:, :, 0].max() == 127
-    loud = outlines[:, :, 0, 1].abs()
-    assert loud.mean() > 2 * outlines[:, :, 0, [0, 2, 3]].abs().mean(), "outlines tell the loud one too"
+    assert outlines[:, :, 0, 1].abs().min() > outlines[:, :, 0, [0, 2, 3]].abs().amax(2).median()
     assert codes[:, :, 0, [0, 2, 3]].abs().max() <= 5, "beside a loud sub-key the others of its block lose their digits"
     assert codes[:, :, 1:].abs().amax((2, 3, 4)).min() >= 64
 

@@ -235,20 +235,34 @@ def _decode(
 
 
 @triton.jit
-def _merged_total(partial, start, num_slots, used, num_splits, HEAD_DIM: tl.constexpr, MERGED: tl.constexpr):
-    """Greatest logit [1] and total [1] over all splits of one head."""
+def _merged(
+    partial, start, num_slots, used, num_splits,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, MERGED: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Sum [PADDED_DIM] if SUMS, greatest logit [1] and total [1] over all splits of one head, of which `used` count."""
     peaks = partial + num_slots * HEAD_DIM + start
+    dim = tl.arange(0, PADDED_DIM)
+    acc = tl.zeros([PADDED_DIM], tl.float32)
     best = tl.full([1], HIDDEN, tl.float32)
     total = tl.zeros([1], tl.float32)
     for first in tl.range(0, num_splits, MERGED, num_stages=1):
         split = first + tl.arange(0, MERGED)
-        peak = tl.load(peaks + split, mask=split < num_splits, other=HIDDEN)
-        share = tl.load(peaks + num_slots + split, mask=split < num_splits, other=0.0)
-        peak, share = tl.where(split < used, peak, HIDDEN), tl.where(split < used, share, 0.0)
+        there, kept = split < num_splits, split < used
+        peak = tl.load(peaks + split, mask=there, other=HIDDEN)
+        share = tl.load(peaks + num_slots + split, mask=there, other=0.0)
+        if SUMS:
+            inside = there[:, None] & (dim < HEAD_DIM)[None, :]
+            parts = tl.load(partial + (start + split)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
+            parts = tl.where(kept[:, None], parts, 0.0)
+        peak, share = tl.where(kept, peak, HIDDEN), tl.where(kept, share, 0.0)
         now = tl.maximum(best, tl.max(peak, 0))
-        total = total * tl.exp2(best - now) + tl.sum(share * tl.exp2(peak - now), 0)
+        shrink = tl.exp2(best - now)
+        weight = tl.exp2(peak - now)
+        total = total * shrink + tl.sum(share * weight, 0)
+        if SUMS:
+            acc = acc * shrink + tl.sum(parts * weight[:, None], 0)
         best = now
-    return best, total
+    return acc, best, total
 
 
 @triton.jit
@@ -291,31 +305,13 @@ def _merge(
     start = (sequence.to(tl.int64) * num_heads + head) * num_splits
     num_slots = tl.num_programs(1).to(tl.int64) * num_heads * num_splits
     if tl.program_id(0) < num_heads:
-        peaks = partial + num_slots * HEAD_DIM + start
         dim = tl.arange(0, PADDED_DIM)
-        acc = tl.zeros([PADDED_DIM], tl.float32)
-        best = tl.full([1], HIDDEN, tl.float32)
-        total = tl.zeros([1], tl.float32)
-        for first in tl.range(0, num_splits, MERGED, num_stages=1):
-            split = first + tl.arange(0, MERGED)
-            there, kept = split < num_splits, split < used
-            peak = tl.load(peaks + split, mask=there, other=HIDDEN)
-            share = tl.load(peaks + num_slots + split, mask=there, other=0.0)
-            inside = there[:, None] & (dim < HEAD_DIM)[None, :]
-            parts = tl.load(partial + (start + split)[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0)
-            peak, share = tl.where(kept, peak, HIDDEN), tl.where(kept, share, 0.0)
-            parts = tl.where(kept[:, None], parts, 0.0)
-            now = tl.maximum(best, tl.max(peak, 0))
-            shrink = tl.exp2(best - now)
-            weight = tl.exp2(peak - now)
-            total = total * shrink + tl.sum(share * weight, 0)
-            acc = acc * shrink + tl.sum(parts * weight[:, None], 0)
-            best = now
+        acc, best, total = _merged(partial, start, num_slots, used, num_splits, HEAD_DIM, PADDED_DIM, MERGED, True)
         result = acc / tl.where(total > 0, total, 1.0)
         to = sequence.to(tl.int64) * o_batch + head.to(tl.int64) * o_head
         tl.store(output + to + dim, result.to(output.dtype.element_ty), mask=dim < HEAD_DIM)
     elif memory is not None:
-        best, total = _merged_total(partial, start, num_slots, used, num_splits, HEAD_DIM, MERGED)
+        _, best, total = _merged(partial, start, num_slots, used, num_splits, HEAD_DIM, PADDED_DIM, MERGED, False)
         _remember(
             memory + sequence.to(tl.int64) * m_batch + selection * m_head,
             indices + sequence.to(tl.int64) * i_batch + selection * i_head,

@@ -353,12 +353,19 @@ def _query_quarters(
 
 
 @triton.jit
+def _store_peaks(to, logit, real, tile, num_blocks, TILE_BLOCKS: tl.constexpr):
+    """Logits of the blocks of a tile, where they are; `to` is where those of the first tile go."""
+    there = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS) < num_blocks
+    tl.store(to + tile * TILE_BLOCKS, logit, mask=real[:, None] & there[None, :])
+
+
+@triton.jit
 def _tile_peaks(
-    packed, means, bounds, steps, queries, q0, q1, q2, q3, units, sums, tile, end,
+    packed, means, bounds, steps, queries, q0, q1, q2, q3, units, sums, to, real, tile, num_blocks, end,
     LANES: tl.constexpr, TILE_BLOCKS: tl.constexpr, MEANS: tl.constexpr, PER_BLOCK: tl.constexpr, KEY_SUB: tl.constexpr,
     WIDEN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Best logit [LANES, TILE_BLOCKS] of every block of a tile; -inf where no key is."""
+    """Best logits [LANES, TILE_BLOCKS] of the blocks of a tile, written; -inf where no key is."""
     means = (means.to(tl.int32) - 128).to(tl.int8)
     of_mean = _code_products(queries, means, tl.zeros([LANES, MEANS], tl.int32), WIDEN)
     if MEANS > TILE_BLOCKS:
@@ -376,7 +383,8 @@ def _tile_peaks(
     peak = tl.max(tl.reshape(products, [LANES, PER_BLOCK, TILE_BLOCKS]), 1)
     # An outline o stands for the mean code and o - 1.5 bounds more.
     code = (peak.to(tl.float32) - 1.5 * sums) * bounds[None, :] + of_mean.to(tl.float32)
-    return tl.where(peak == NOTHING, float("-inf"), code * units[:, None] * steps[None, :])
+    logit = tl.where(peak == NOTHING, float("-inf"), code * units[:, None] * steps[None, :])
+    _store_peaks(to, logit, real, tile, num_blocks, TILE_BLOCKS)
 
 
 @triton.jit
@@ -399,8 +407,7 @@ def _decode_peaks(
     lane = tl.arange(0, LANES)
     real = lane < GROUP
     slot = sequence.to(tl.int64) * num_heads + kv_head * GROUP + lane
-    block = tl.arange(0, TILE_BLOCKS)
-    to = peaks + slot[:, None] * num_blocks + block[None, :]
+    to = peaks + slot[:, None] * num_blocks + tl.arange(0, TILE_BLOCKS)[None, :]
     base = codes + sequence.to(tl.int64) * c_batch + kv_head.to(tl.int64) * c_head
     scales = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head
     start = query_codes + slot[:, None] * COLUMNS
@@ -424,12 +431,10 @@ def _decode_peaks(
         sums = tl.max(tl.reshape(sums, [LANES, MEANS // TILE_BLOCKS, TILE_BLOCKS]), 1)
     sums = sums.to(tl.float32)
     if PDL:
-        logit = _tile_peaks(
-            packed, means, bounds, steps, queries, q0, q1, q2, q3, units, sums, first, end,
+        _tile_peaks(
+            packed, means, bounds, steps, queries, q0, q1, q2, q3, units, sums, to, real, first, num_blocks, end,
             LANES, TILE_BLOCKS, MEANS, PER_BLOCK, KEY_SUB, WIDEN, ASM,
         )  # fmt: skip
-        inside = real[:, None] & (first * TILE_BLOCKS + block < num_blocks)[None, :]
-        tl.store(to + first * TILE_BLOCKS, logit, mask=inside)
     else:
         filled = tl.cdiv(end, TOKENS)
         for tile in tl.range(first, filled, tl.num_programs(0), num_stages=STAGES):
@@ -437,16 +442,14 @@ def _decode_peaks(
                 base, scales, tile, num_blocks, c_block,
                 TILE_BLOCKS, MEANS, PER_BLOCK, COLUMNS, QUARTER, PADDED_QUARTER, "",
             )  # fmt: skip
-            logit = _tile_peaks(
-                packed, means, bounds, steps, queries, q0, q1, q2, q3, units, sums, tile, end,
+            _tile_peaks(
+                packed, means, bounds, steps, queries, q0, q1, q2, q3, units, sums, to, real, tile, num_blocks, end,
                 LANES, TILE_BLOCKS, MEANS, PER_BLOCK, KEY_SUB, WIDEN, ASM,
             )  # fmt: skip
-            inside = real[:, None] & (tile * TILE_BLOCKS + block < num_blocks)[None, :]
-            tl.store(to + tile * TILE_BLOCKS, logit, mask=inside)
         after = first + tl.cdiv(tl.maximum(filled - first, 0), tl.num_programs(0)) * tl.num_programs(0)
         for tile in range(after, tl.cdiv(num_blocks, TILE_BLOCKS), tl.num_programs(0)):
-            inside = real[:, None] & (tile * TILE_BLOCKS + block < num_blocks)[None, :]
-            tl.store(to + tile * TILE_BLOCKS, tl.full([LANES, TILE_BLOCKS], float("-inf"), tl.float32), mask=inside)
+            nothing = tl.full([LANES, TILE_BLOCKS], float("-inf"), tl.float32)
+            _store_peaks(to, nothing, real, tile, num_blocks, TILE_BLOCKS)
 
 
 def unsupported(block_size: int, query_sub_block: int, key_sub_block: int, kept: int, width: int) -> str | None:
