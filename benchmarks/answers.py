@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "0.1, tail of 4": {"density": 0.1, "dense_tail_blocks": 4},
     "0.2, blocks of 128, tail of 2": {"density": 0.2, "block_size": 128, "dense_tail_blocks": 2},
 }
-ROWS: list[tuple[str, str, dict[str, Any], str]] = [
-    *(
-        (setting, way, {**fields, **changes}, mode)
+# What each row changes, and which of its calls are sparse.
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    **{
+        f"{setting}: {way}": ({**fields, **changes}, mode)
         for setting, fields in SETTINGS.items()
         for way, changes, mode in WAYS
-    ),
-    *(("dense prompt, 0.2", way, {"density": 0.2, **changes}, "decode") for way, changes, _ in WAYS[1:]),
-]
+    },
+    **{f"dense prompt, 0.2: {way}": ({"density": 0.2, **changes}, "decode") for way, changes, _ in WAYS[1:]},
+}
 
 
 def joined(parts: list[DecodeScores]) -> dict[str, Any]:
@@ -62,10 +64,9 @@ def joined(parts: list[DecodeScores]) -> dict[str, Any]:
     }
 
 
-def measure(lengths: list[int], samples: int, texts: int, new_tokens: int) -> dict[str, Any]:
-    """Every row of every length."""
+def measure(lengths: list[int], samples: int, texts: int, new_tokens: int, names: list[str]) -> dict[str, Any]:
+    """The named rows, of every length."""
     loaded = load()
-    names = [f"{setting}: {way}" for setting, way, _, _ in ROWS]
     rows: dict[str, list[DecodeScores]] = {"dense": [], **{name: [] for name in names}}
     with tqdm(total=len(lengths) * len(rows)) as bar:
         for tokens in lengths:
@@ -75,7 +76,8 @@ def measure(lengths: list[int], samples: int, texts: int, new_tokens: int) -> di
             dense = measure_dense_decode(loaded.model, workload)
             rows["dense"].append(dense.scores)
             bar.update()
-            for name, (_, _, fields, mode) in zip(names, ROWS, strict=True):
+            for name in names:
+                fields, mode = ROWS[name]
                 config = SketchWalkConfig(**BASE, **fields)
                 rows[name].append(measure_decode(loaded.model, workload, dense, config, modes=[mode])[mode])
                 bar.update()
@@ -135,14 +137,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--merge", type=Path, nargs="*", help="files of earlier runs to join instead of measuring")
     args = parser.parse_args()
     if args.merge:
         record = merged([json.loads(path.read_text(encoding="utf-8")) for path in args.merge])
     else:
         lengths = [int(x) for x in args.tokens.split(",")]
-        record = measure(lengths, args.samples, args.texts, args.new_tokens)
-        record["command"] = "python benchmarks/answers.py " + " ".join(sys.argv[1:])
+        record = measure(lengths, args.samples, args.texts, args.new_tokens, args.rows)
+        record["command"] = "python benchmarks/answers.py " + shlex.join(sys.argv[1:])
     record["summary"] = summary(record["rows"])
     for name, row in record["summary"].items():
         figures = [f"{row[f'{task}_hits']['mean']:.3f} / {row[f'{task}_nll']['mean']:.3f}" for task in TASKS]

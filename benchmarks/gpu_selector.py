@@ -24,6 +24,7 @@ import torch
 import triton
 
 from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
+from sketch_walk.attention import note_last_tokens
 from sketch_walk.bench import measure
 from sketch_walk.bench.record import code_digest, resumed
 from sketch_walk.bench.timing import capture
@@ -147,6 +148,14 @@ def prefill(tokens: int, block: int, repeats: int) -> Part:
             stages.ms[name] = f"{type(error).__name__}: {str(error)[:60]}"
     stages.add("call_scores", partial(call_scores, state, query, layout, SCALE))
     stages.add("select", _checked_select(exact, layout, config))
+    assert state.memory is not None
+    look = partial(note_last_tokens, state.memory, query, key, None, layout, SCALE, config)
+    look()
+    found = state.memory.clone()
+    state.memory.zero_()
+    look(impl="reference")
+    assert (state.memory - found).abs().max().item() < 1e-3
+    stages.add("last_tokens", look)
     return {"ms": stages.ms, "host_paced": stages.host_paced}
 
 

@@ -15,6 +15,7 @@ from sketch_walk.kernels import (
     triton_peaks,
     triton_prefill,
     triton_select,
+    triton_shares,
     triton_sketch,
 )
 from sketch_walk.kernels.triton_tiles import Device, gdc_wait
@@ -38,12 +39,12 @@ POINTERS = {
     "key_grad": "*bf16", "value_grad": "*bf16", "indices": "*i32", "counts": "*i32", "rows": "*i32", "starts": "*i32",
     "past": "*i64", "length": "*i64", "query_index": "*i64", "key_index": "*i64", "table": "*i32",
     "query_codes": "*i8", "query_scales": "*fp32", "last_rank": "*i32", "codes": "*u8", "scales": "*fp32",
-    "matrix": "*bf16", "keys": "*i8", "key_scales": "*fp32", "scratch": "*fp16", "step_of_spread": "fp32",
-    "salience": "fp32", "contrast": "fp32",
+    "matrix": "*bf16", "keys": "*i8", "key_scales": "*fp32", "scratch": "*fp16", "normalisers": "*fp32",
+    "step_of_spread": "fp32", "salience": "fp32", "contrast": "fp32",
     "lse": "*fp32", "delta": "*fp32",
     "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32", "scale": "fp32",
     "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
-    "masses": "*fp32", "memory": "*fp32", "seen": "*i64", "fade": "fp32",
+    "masses": "*fp32", "ranks": "*i64", "memory": "*fp32", "seen": "*i64", "fade": "fp32",
 }  # fmt: skip
 STRIDES = {f"{x}_{axis}" for x in "qkvoc" for axis in ("batch", "head", "token", "page", "block")}
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64
@@ -220,6 +221,17 @@ def select(target: Target, rows: int) -> int:
     return sum(sizes) + compile_for(triton_select._select, constants, target, launch.num_warps)
 
 
+def shares(target: Target, padded: bool) -> int:
+    """What blocks get from a prompt's last sixteen tokens."""
+    group = HEADS // KV_HEADS
+    lanes, keys = triton_shares.launch_sizes(group * 16, BLOCK, HEAD_DIM, 2)
+    constants = {
+        **SHAPE, "LANES": lanes, "LANE_TILES": -(-group * 16 // lanes), "KEYS": keys,
+        "SPLIT": triton_shares.SPLIT_BLOCKS, "INDEXED": padded, **({} if padded else {"key_index": None}),
+    }  # fmt: skip
+    return compile_for(triton_shares._masses, constants, target)
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:] or TARGETS:
         target = TARGETS[name]
@@ -230,6 +242,7 @@ if __name__ == "__main__":
                 "sketch": sketch(target, padded),
                 "peaks": peaks(target, padded),
                 "select": select(target, 1 if padded else 2048),
+                "shares": shares(target, padded),
             }
             if padded:
                 sizes["backward"] = backward(target)

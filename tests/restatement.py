@@ -378,8 +378,24 @@ def shares(query: Tensor, key: Tensor, chosen: Tensor, config: SketchWalkConfig)
         read = chosen[selection][torch.arange(key.shape[1]) // config.block_size]
         weights = logits.masked_fill(~read, -math.inf).softmax(0)
         by_block = torch.stack([part.sum() for part in weights.split(config.block_size)])
-        found[selection] = torch.maximum(found[selection], by_block)
+        seen = found[selection, : len(by_block)]
+        seen.copy_(torch.maximum(seen, by_block))
     return found
+
+
+def last_shares(query: Tensor, key: Tensor, chosen: Tensor, start: int, stop: int, config: SketchWalkConfig) -> Tensor:
+    """What a call from `start` to `stop` leaves to the memory: shares of its last sixteen tokens, less with every token
+    behind them. A call of several tokens that makes up a quarter of the sequence looks at every block, another at those
+    that its last row chose (selections, rows, blocks).
+    """
+    looked = chosen[:, -1]
+    if stop - start > 1 and 4 * (stop - start) >= stop:
+        looked = torch.ones_like(looked)
+    left = torch.zeros(looked.shape, dtype=torch.float64)
+    for position in range(max(start, stop - 16), stop):
+        found = shares(query[:, position], key[:, : position + 1], looked, config)
+        left = torch.maximum(left, found * config.step_memory ** (stop - 1 - position))
+    return left
 
 
 def attend(

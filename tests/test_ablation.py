@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -404,27 +402,17 @@ def test_the_example_on_the_page_is_a_plan() -> None:
     assert plan.groups[0].variants[3].config.head_mode == "mean"
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_ablations", PROJECT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_waits_for_its_files_and_shows_them(
-    generate: ModuleType, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generate, "PROJECT", tmp_path)
-    monkeypatch.setattr(generate, "IMAGES", tmp_path / "docs" / "images")
-    monkeypatch.setattr(generate, "RESULTS", tmp_path)
-    monkeypatch.setattr(generate, "OTHER_ABLATIONS", dict.fromkeys(("rules", "steps"), "ablations_tiny.json"))
-    assert generate.ablation("rules").startswith("Not measured in this checkout yet")
+def test_the_page_waits_for_its_files_and_shows_them(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("generate", reason="not a checkout")
+    regions = pytest.importorskip("regions")
+    monkeypatch.setattr(regions.results, "PROJECT", tmp_path)
+    monkeypatch.setattr(regions.results, "IMAGES", tmp_path / "docs" / "images")
+    monkeypatch.setattr(regions.results, "RESULTS", tmp_path)
+    monkeypatch.setattr(regions.ablations, "OTHER_ABLATIONS", dict.fromkeys(("rules", "steps"), "ablations_tiny.json"))
+    assert regions.ablations.ablation("rules").startswith("Not measured in this checkout yet")
     cli.json = tmp_path / "ablations_tiny.json"
     cli("--groups", "rules,steps", "--plots", str(tmp_path / "docs" / "images" / "ablations_tiny"))
-    text = generate.ablation("rules")
+    text = regions.ablations.ablation("rules")
     assert "![Whose rule](images/ablations_tiny/rules.png)" in text
     assert "Source: `benchmarks/results/ablations_tiny.json`." in " ".join(text.split())
     assert "200 tokens, 3 prompts per task (seeds 0 to 2), 2 passages:" in text
@@ -435,7 +423,7 @@ def test_the_page_waits_for_its_files_and_shows_them(
     assert cells[3] == f"0.00 / {found['figures']['nll:noise']['mean']:.2f}"
     over = found["figures"]["prose_nll"]["difference"]
     assert cells[6] == f"{over['mean']:+.4f} ({over['low']:+.4f} to {over['high']:+.4f})"
-    steps = generate.ablation("steps")
+    steps = regions.ablations.ablation("steps")
     assert "| sketch | prompt and steps |" in steps
     assert "| strided | ValueError: xattention scores prompts" in steps
 

@@ -521,12 +521,11 @@ def test_call_on_top_of_earlier_calls(case: Case) -> None:
                 chosen = block_mask(indices, call.walk.shape[-1])
                 assert_same_selection(chosen, call, config, budget)
                 if remembers:
-                    query, key = pairs[layer]
-                    found = restatement.shares(query[:, stop - 1], key[:, :stop], chosen[:, -1], config)
                     held = memories[sequence][layer]
-                    older = torch.zeros_like(found)
-                    older[:, : held.shape[1]] = held
-                    memories[sequence][layer] = torch.maximum(found, older)
+                    memory = torch.zeros(len(chosen), chosen.shape[2], dtype=torch.float64)
+                    memory[:, : held.shape[1]] = held
+                    found = restatement.last_shares(*pairs[layer], chosen, start, stop, config)
+                    memories[sequence][layer] = torch.maximum(found, memory)
 
 
 @pytest.mark.parametrize("head_mode", ["shared", "per_kv_head", "mean"])

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,17 +25,9 @@ PAGES = [
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-pytestmark = pytest.mark.skipif(not (PROJECT / "mkdocs.yml").is_file(), reason="not a checkout")
-
-
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", PROJECT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+generate = pytest.importorskip("generate", reason="not a checkout")
+regions = pytest.importorskip("regions")
+stored = pytest.importorskip("regions.results")
 
 
 def name_of(page: Path) -> str:
@@ -65,23 +56,23 @@ def python_blocks(page: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_regions_are_current(generate: ModuleType, page: Path) -> None:
+def test_regions_are_current(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count("<!-- generated:") == len(generate.REGION.findall(text)), "a region has no end"
     assert generate.filled(text) == text, "stale: run `make docs`"
 
 
-def test_every_region_is_used(generate: ModuleType) -> None:
+def test_every_region_is_used() -> None:
     used = {name for page in PAGES for _, name, _ in generate.REGION.findall(page.read_text(encoding="utf-8"))}
     assert used == set(generate.REGIONS)
 
 
 def test_stale_pages_are_noticed_and_rewritten(
-    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "README.md"
     page.write_text("a\n<!-- generated: crossover -->\nold\n<!-- end -->\nb\n", encoding="utf-8")
-    monkeypatch.setattr(generate, "PROJECT", tmp_path)
+    monkeypatch.setattr(stored, "PROJECT", tmp_path)
     assert generate.main(["--check"]) == 1
     assert "old" in page.read_text(encoding="utf-8")
     assert generate.main([]) == 0
@@ -91,12 +82,12 @@ def test_stale_pages_are_noticed_and_rewritten(
 
 
 def test_speed_table_waits_for_its_file_and_shows_density_and_accuracy(
-    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    quality = (generate.RESULTS / generate.QUALITY).read_text(encoding="utf-8")
-    monkeypatch.setattr(generate, "RESULTS", tmp_path)
-    (tmp_path / generate.QUALITY).write_text(quality, encoding="utf-8")
-    assert "not measured in this checkout" in generate.speed()
+    quality = (stored.RESULTS / stored.QUALITY).read_text(encoding="utf-8")
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    (tmp_path / stored.QUALITY).write_text(quality, encoding="utf-8")
+    assert "not measured in this checkout" in regions.cpu.speed()
     row: dict[str, Any] = {"dense_seconds": 4.0, "sparse_seconds": 2.0, "block_density": 0.22}
     row |= {f"{key}_speedup": 2.0 for key in ("sparse", "automatic", "sparse_attention")}
     record = {
@@ -107,45 +98,46 @@ def test_speed_table_waits_for_its_file_and_shows_density_and_accuracy(
         "crossover_tokens": 2048,
         "results": [{"tokens": tokens, **row} for tokens in (64, 4096)],
     }
-    (tmp_path / generate.SPEED).write_text(json.dumps(record), encoding="utf-8")
-    text = generate.speed()
+    (tmp_path / stored.SPEED).write_text(json.dumps(record), encoding="utf-8")
+    text = regions.cpu.speed()
     assert "| 64 | 4.00 s | 2.00 s | 2.00× | 2.00× | 2.00× | 22.0 % |" in text
     assert re.search(r"with this setting: 0\.\d\d, dense 0\.\d\d", " ".join(text.split()))
-    assert "| 64 |" not in generate.speed_table((4096,))
+    assert "| 64 |" not in regions.cpu.speed_table((4096,))
     assert "earlier default" not in text
     record["config"] = {**record["config"], "walk": "damped"}
     del record["config"]["query_keep"]
-    (tmp_path / generate.SPEED).write_text(json.dumps(record), encoding="utf-8")
-    text = " ".join(generate.speed().split())
+    (tmp_path / stored.SPEED).write_text(json.dumps(record), encoding="utf-8")
+    text = " ".join(regions.cpu.speed().split())
     assert "**Measured with an earlier default**: with `walk='damped'`, and before there were `query_keep`." in text
     assert "No accuracy of today's default belongs to these times." in text
     assert "with this setting" not in text
 
 
-def test_runs_without_a_dense_one_beside_them_are_left_out(
-    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_runs_without_a_dense_one_beside_them_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def run(precision: str, nll: float, **config: Any) -> dict[str, Any]:
-        scores = {task: {"accuracy": 0.5, "nll": 0.5} for task in generate.TASKS}
+        scores = {task: {"accuracy": 0.5, "nll": 0.5} for task in stored.TASKS}
         return {"config": config, "rope_frequencies": precision, "block_density": 0.2, "prose_nll": nll, **scores}
 
-    runs = [run("float32 (as saved)", 3.5, **generate.BASE), run("bfloat16 (cast)", 3.25, **generate.BASE)]
+    runs = [
+        run("float32 (as saved)", 3.5, **stored.BASE),
+        run("bfloat16 (cast)", 3.25, **stored.BASE),
+    ]
     runs.append(run("bfloat16 (cast)", 3.0, rule="dense"))
     record = {"samples": 100, "results": runs}
-    monkeypatch.setattr(generate, "RESULTS", tmp_path)
-    (tmp_path / generate.QUALITY).write_text(json.dumps(record), encoding="utf-8")
-    table = generate.quality_today()
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    (tmp_path / stored.QUALITY).write_text(json.dumps(record), encoding="utf-8")
+    table = regions.quality.quality_today()
     assert "3.2500" in table
     assert "3.0000" in table
     assert "3.5000" not in table
     # Two errors of 5 points each, and a quarter of a nat above 3.
-    assert "| +0.0 ± 7.1 | +0.0 ± 7.1 | +0.0 ± 7.1 | +0.250 (8.3 %) |" in generate.quality_loss()
+    assert "| +0.0 ± 7.1 | +0.0 ± 7.1 | +0.0 ± 7.1 | +0.250 (8.3 %) |" in regions.quality.quality_loss()
 
 
-def test_attention_on_a_gpu_shows_every_case_for_both_kernels(generate: ModuleType) -> None:
-    data = generate.required(generate.GPU_CUTE)
+def test_attention_on_a_gpu_shows_every_case_for_both_kernels() -> None:
+    data = stored.required(stored.GPU_CUTE)
     cases = {(row["tokens"], row["block_size"], row["density"]) for row in data["sparse"]}
-    lines = [line for line in generate.gpu_cute().splitlines() if line.endswith("× |")]
+    lines = [line for line in regions.gpu.gpu_cute().splitlines() if line.endswith("× |")]
     assert sum("`triton`" in line for line in lines) == sum("`cute`" in line for line in lines) == len(cases)
     for line in lines:
         tokens, *_, ms, _, over_flash, over_fastest = [cell.strip(" ×") for cell in line.strip("|").split("|")]
@@ -160,10 +152,14 @@ def cells_of(text: str) -> list[list[str]]:
     return [[cell.strip(" *×%") for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
 
 
-def test_a_layer_on_a_gpu_is_divided_by_what_was_timed_beside_it(generate: ModuleType) -> None:
-    regions = {"gpu-prefill": generate.PREFILL, "gpu-decode": generate.STEP, "gpu-prefill-triton": generate.TRITON}
-    for region, name in regions.items():
-        data = generate.required(name)
+def test_a_layer_on_a_gpu_is_divided_by_what_was_timed_beside_it() -> None:
+    files = {
+        "gpu-prefill": stored.PREFILL,
+        "gpu-decode": stored.STEP,
+        "gpu-prefill-triton": stored.TRITON,
+    }
+    for region, name in files.items():
+        data = stored.required(name)
         rows = cells_of(generate.REGIONS[region]())[2:]
         layers = [row for row in data["results"] if row["kind"] == "layer"]
         assert len(rows) == len(layers) > 0
@@ -186,7 +182,7 @@ def test_a_layer_on_a_gpu_is_divided_by_what_was_timed_beside_it(generate: Modul
             assert over_flash == pytest.approx(dense[0] / own, rel=0.02)
             if len(dense) > 1:
                 assert float(cells[-1]) == pytest.approx(min(dense) / own, rel=0.02)
-    assert len(cells_of(generate.gpu_readme())) == len(cells_of(generate.gpu_prefill()))
+    assert len(cells_of(regions.gpu.gpu_readme())) == len(cells_of(regions.gpu.gpu_prefill()))
 
 
 def cells_after(text: str) -> list[list[str]]:
@@ -197,10 +193,8 @@ def cells_after(text: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("region", "name", "unit"), [("gpu-ttft", "TTFT", 1e3), ("gpu-step", "MODEL_STEP", 1.0)], ids=["ttft", "step"]
 )
-def test_a_whole_model_stands_beside_the_dense_times_of_its_run(
-    generate: ModuleType, region: str, name: str, unit: float
-) -> None:
-    data = generate.required(getattr(generate, name))
+def test_a_whole_model_stands_beside_the_dense_times_of_its_run(region: str, name: str, unit: float) -> None:
+    data = stored.required(getattr(stored, name))
     text = generate.REGIONS[region]()
     models = [row for row in data["results"] if row["kind"] == "model"]
     rows = cells_after(text)
@@ -217,14 +211,17 @@ def test_a_whole_model_stands_beside_the_dense_times_of_its_run(
         assert set(ran.split(", ")) == set(row["impl"].split("+"))
     flat = " ".join(text.split())
     assert "Random weights: no accuracy belongs to these rows." in flat
-    assert f"`{generate.QUALITY}`" in flat
-    readme = " ".join(generate.model_readme().split())
+    assert f"`{stored.QUALITY}`" in flat
+    readme = " ".join(regions.models.model_readme().split())
     assert all(f"{row['over_fastest_dense']:.2f}×" in readme for row in models)
 
 
-def test_layers_around_the_crossovers_stand_beside_the_fastest_dense_kernel(generate: ModuleType) -> None:
-    for region, name, dense_columns in (("gpu-cross", generate.CROSS, (3, 5)), ("gpu-eager", generate.EAGER, (4, 5))):
-        data = generate.required(name)
+def test_layers_around_the_crossovers_stand_beside_the_fastest_dense_kernel() -> None:
+    for region, name, dense_columns in (
+        ("gpu-cross", stored.CROSS, (3, 5)),
+        ("gpu-eager", stored.EAGER, (4, 5)),
+    ):
+        data = stored.required(name)
         rows = cells_after(generate.REGIONS[region]())
         layers = [row for row in data["results"] if row["kind"] == "layer"]
         assert len(rows) == len(layers) > 0
@@ -234,22 +231,22 @@ def test_layers_around_the_crossovers_stand_beside_the_fastest_dense_kernel(gene
             assert own == pytest.approx(row["median_ms"], abs=6e-4)
             (over,) = (cell for cell in cells if cell == f"{row['over_fastest_dense']:.2f}")
             assert float(over) == pytest.approx(fastest / own, rel=0.02, abs=0.01)
-    crossover = f"dense below {generate.kernels.DECODE_CROSSOVER['cuda']:,} cached tokens"
-    assert crossover in generate.gpu_eager()
+    crossover = f"dense below {regions.gpu.kernels.DECODE_CROSSOVER['cuda']:,} cached tokens"
+    assert crossover in regions.gpu.gpu_eager()
     # The step of the same size in a graph, where it was timed.
     steps = {(row["batch"], row["tokens"], row["block_size"], row["density"]): row["median_ms"]
-             for row in generate.required(generate.STEP)["results"] if row["kind"] == "layer"}  # fmt: skip
-    eager = [row for row in generate.required(generate.EAGER)["results"] if row["kind"] == "layer"]
+             for row in stored.required(stored.STEP)["results"] if row["kind"] == "layer"}  # fmt: skip
+    eager = [row for row in stored.required(stored.EAGER)["results"] if row["kind"] == "layer"]
     beside = [steps.get((row["batch"], row["tokens"], row["block_size"], row["density"])) for row in eager]
-    assert [cells[-1] for cells in cells_after(generate.gpu_eager())] == [
+    assert [cells[-1] for cells in cells_after(regions.gpu.gpu_eager())] == [
         "" if value is None else f"{value:.3f}" for value in beside
     ]
     assert any(beside)
 
 
-def test_a_million_tokens_cost_what_their_chunks_say(generate: ModuleType) -> None:
-    runs = generate.required(generate.MILLION)["results"]
-    totals, costs = (cells_after(part) for part in generate.gpu_million().split("Microseconds a token"))
+def test_a_million_tokens_cost_what_their_chunks_say() -> None:
+    runs = stored.required(stored.MILLION)["results"]
+    totals, costs = (cells_after(part) for part in regions.models.gpu_million().split("Microseconds a token"))
     assert len(totals) == len(costs) == len(runs) > 0
     for total, cost, run in zip(totals, costs, runs, strict=True):
         assert total[:2] == cost[:2] == [str(run["block_size"]), f"`{run['walk']}`"]
@@ -258,16 +255,16 @@ def test_a_million_tokens_cost_what_their_chunks_say(generate: ModuleType) -> No
         assert float(cost[-1]) == pytest.approx(1e3 * last["ms"] / last["tokens"], rel=0.01)
 
 
-def test_a_walk_is_compared_with_the_same_prompt_without_one(generate: ModuleType) -> None:
+def test_a_walk_is_compared_with_the_same_prompt_without_one() -> None:
     plain = {"tokens": 100, "chunk": 10, "block_size": 8, "density": 0.5, "walk": "none", "total_ms": 200.0}
     walked = {**plain, "walk": "damped", "total_ms": 230.0}
-    (sentence,) = generate._walk_cost([plain, walked, {**walked, "block_size": 16}])
+    (sentence,) = regions.models._walk_cost([plain, walked, {**walked, "block_size": 16}])
     assert "blocks of 8 the prompt took 15.0 % longer with the damped walk" in sentence
 
 
-def test_aims_are_judged_by_the_results(generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_aims_are_judged_by_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def measured() -> list[list[str]]:
-        speeds, others = generate.gpu_aims().split("| aim |")
+        speeds, others = regions.aims.gpu_aims().split("| aim |")
         rows = [line for part in (speeds, others) for line in part.splitlines()[2:] if line.startswith("|")]
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
 
@@ -285,110 +282,104 @@ def test_aims_are_judged_by_the_results(generate: ModuleType, monkeypatch: pytes
             assert found.startswith("**") is not met, cells
             judged += 1
     assert judged > 20
-    for file in generate.RESULTS.glob("*.json"):
+    for file in stored.RESULTS.glob("*.json"):
         (tmp_path / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
-    step = json.loads((tmp_path / generate.MODEL_STEP).read_text(encoding="utf-8"))
+    step = json.loads((tmp_path / stored.MODEL_STEP).read_text(encoding="utf-8"))
     for factor in (1.2, 2.4):
         step["results"][-1]["over_fastest_dense"] = factor
-        (tmp_path / generate.MODEL_STEP).write_text(json.dumps(step), encoding="utf-8")
-        monkeypatch.setattr(generate, "RESULTS", tmp_path)
+        (tmp_path / stored.MODEL_STEP).write_text(json.dumps(step), encoding="utf-8")
+        monkeypatch.setattr(stored, "RESULTS", tmp_path)
         (cells,) = (cells for cells in measured() if cells[0].startswith("step, whole model"))
         assert cells[-1] == (f"**{factor:.2f}×**" if factor < 1.7 else f"{factor:.2f}×")
 
 
-def test_aims_of_quality_are_judged_by_the_runs(
-    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    data = generate.required(generate.QUALITY)
-    rows = cells_after(generate.quality_aims())
+def test_aims_of_quality_are_judged_by_the_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = stored.required(stored.QUALITY)
+    rows = cells_after(regions.aims.quality_aims())
     assert [cells[0] for cells in rows] == ["0.2", "0.1"]
     for density, *cells in rows:
         (run,) = (r for r in data["results"] if r["config"] == {"density": float(density), "min_blocks": 4})
         assert [float(cell) for cell in cells[1:6:2]] == pytest.approx(
-            [run[task]["accuracy"] for task in generate.TASKS], abs=6e-4
+            [run[task]["accuracy"] for task in stored.TASKS], abs=6e-4
         )
-    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
     for nll in (3.2551, 3.2549):
         for run in data["results"]:
-            if run["config"] == generate.BASE:
+            if run["config"] == stored.BASE:
                 run["prose_nll"] = nll
-        (tmp_path / generate.QUALITY).write_text(json.dumps(data), encoding="utf-8")
-        line = next(line for line in generate.quality_aims().splitlines() if line.startswith("| 0.2 "))
+        (tmp_path / stored.QUALITY).write_text(json.dumps(data), encoding="utf-8")
+        line = next(line for line in regions.aims.quality_aims().splitlines() if line.startswith("| 0.2 "))
         assert ("**" in line) is (nll > 3.255)
 
 
-def test_aims_of_steps_are_judged_by_the_run(
-    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    data = generate.required(generate.ANSWERS)
-    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+def test_aims_of_steps_are_judged_by_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = stored.required(stored.ANSWERS)
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
     for points in (-1.9, -2.1):
         data["summary"]["0.2: sparse steps"]["prose_hits_against_dense_steps"]["mean"] = points / 100
-        (tmp_path / generate.ANSWERS).write_text(json.dumps(data), encoding="utf-8")
-        line = next(line for line in generate.step_aims().splitlines() if line.startswith("| 0.2 |"))
+        (tmp_path / stored.ANSWERS).write_text(json.dumps(data), encoding="utf-8")
+        line = next(line for line in regions.aims.step_aims().splitlines() if line.startswith("| 0.2 |"))
         assert (f"**{points:.1f} (" in line) is (points < -2)
 
 
-def test_speed_names_the_quality_of_its_settings(generate: ModuleType) -> None:
-    assert generate.quality_note([]) == ""
+def test_speed_names_the_quality_of_its_settings() -> None:
+    assert regions.gpu.quality_note([]) == ""
     read = {(64, 0.2): "22.5", (64, 0.1): "14.1"}
     for setting, share in read.items():
-        (row,) = (row for row in generate.quality()[1] if row["config"] == {"density": setting[1], "min_blocks": 4})
+        (row,) = (
+            row for row in regions.quality.quality()[1] if row["config"] == {"density": setting[1], "min_blocks": 4}
+        )
         assert f"{100 * row['block_density']:.1f}" == share
         text = f"the quality of block 64 at density {setting[1]} ({share}\u00a0%)."
-        assert text in generate.quality_note([setting])
-    both = generate.quality_note([(64, 0.2), (128, 0.3), (64, 0.2)])
-    assert both.startswith(
-        f"`{generate.QUALITY}` has, with the blocks in brackets that its prompts of 4,000 tokens read"
-    )
+        assert text in regions.gpu.quality_note([setting])
+    both = regions.gpu.quality_note([(64, 0.2), (128, 0.3), (64, 0.2)])
+    assert both.startswith(f"`{stored.QUALITY}` has, with the blocks in brackets that its prompts of 4,000 tokens read")
     assert both.endswith("the quality of block 64 at density 0.2 (22.5\u00a0%), not of block 128 at density 0.3.")
-    assert "does not have the quality of block 32 at density 0.3." in generate.quality_note([(32, 0.3)])
+    assert "does not have the quality of block 32 at density 0.3." in regions.gpu.quality_note([(32, 0.3)])
 
 
-def test_memory_shows_the_estimates_and_what_the_run_left_out(
-    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    rows = cells_after(generate.gpu_memory())
+def test_memory_shows_the_estimates_and_what_the_run_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = cells_after(regions.memory.gpu_memory())
     assert {cells[0] for cells in rows} == {"8,192", "65,536", "131,072"}
     (cells,) = (cells for cells in rows if cells[:2] == ["65,536", "64"])
     # The founding document's 96, 1, 0.5 and 4 MB of 1,048,576 bytes.
     assert [cell.partition(" / ")[0] for cell in cells[2:6]] == ["101 MB", "1.0 MB", "524 KB", "4.2 MB"]
-    data = generate.required(generate.MEMORY)
+    data = stored.required(stored.MEMORY)
     kinds = [(phase, tokens, kind) for phase in ("prefill", "decode") for tokens in (8192, 65_536, 131_072)
              for kind in ("dense", "attention", "layer")]  # fmt: skip
     found = {(row["phase"], row["tokens"], row["kind"]) for row in data["results"] if "peak_bytes" in row}
     absent = [
         f"{phase}, {tokens:,} tokens, {kind}" for phase, tokens, kind in kinds if (phase, tokens, kind) not in found
     ]
-    text = " ".join(generate.gpu_memory().split())
+    text = " ".join(regions.memory.gpu_memory().split())
     assert ("The run ended before it had metered" in text) is bool(absent)
     assert all(case in text for case in absent)
     layers = [row for row in data["results"] if row["kind"] == "layer" and row["phase"] == "prefill"]
-    peaks = [cells for cells in cells_of(generate.gpu_memory()) if cells[0] == "prefill" and cells[2] == "layer"]
+    peaks = [cells for cells in cells_of(regions.memory.gpu_memory()) if cells[0] == "prefill" and cells[2] == "layer"]
     sizes = [(f"{row['tokens']:,}", f"{row['peak_bytes'] / 1e6:,.2f}") for row in layers]
     assert [(cells[3], cells[5]) for cells in peaks] == sizes
-    monkeypatch.setattr(generate, "RESULTS", tmp_path)
-    assert "Not measured in this checkout yet" in generate.gpu_memory()
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    assert "Not measured in this checkout yet" in regions.memory.gpu_memory()
 
 
 def test_the_picture_is_of_the_results(
-    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert generate.speed_up_is_drawn(), "stale: run `make docs`"
-    curves = generate.speed_up_curves()
+    assert regions.gpu.speed_up_is_drawn(), "stale: run `make docs`"
+    curves = regions.gpu.speed_up_curves()
     assert all(list(curve.x) == sorted(set(curve.x)) for curve in curves.values())
-    for name in (generate.CROSS, generate.PREFILL):
-        for row in generate.required(name)["results"]:
+    for name in (stored.CROSS, stored.PREFILL):
+        for row in stored.required(name)["results"]:
             if row["kind"] == "layer":
                 curve = curves[f"block {row['block_size']}, density {row['density']}"]
                 assert curve.y[curve.x.index(row["tokens"])] == row["over_fastest_dense"]
-    monkeypatch.setattr(generate, "IMAGES", tmp_path)
-    monkeypatch.setattr(generate, "SPEED_UP_PICTURE", tmp_path / "gpu" / "picture.png")
+    monkeypatch.setattr(stored, "IMAGES", tmp_path)
+    monkeypatch.setattr(stored, "SPEED_UP_PICTURE", tmp_path / "gpu" / "picture.png")
     monkeypatch.setattr(generate, "pages", list)
     assert generate.main(["--check"]) == 1
     assert generate.main([]) == 0
     assert generate.main(["--check"]) == 0
-    monkeypatch.setattr(generate, "speed_up_curves", lambda: {**curves, "one more": curves["block 64, density 0.2"]})
+    monkeypatch.setattr(regions.gpu, "speed_up_curves", lambda: {**curves, "one more": curves["block 64, density 0.2"]})
     assert generate.main(["--check"]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "gpu/picture.png: stale; run make docs", "gpu/picture.png: drawn", "gpu/picture.png: stale; run make docs",
@@ -396,15 +387,15 @@ def test_the_picture_is_of_the_results(
 
 
 @pytest.fixture
-def curve(generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+def curve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     """Times of three settings of the ablations, made up, in a folder of their own beside the real quality."""
-    quality = (generate.RESULTS / generate.ABLATIONS).read_text(encoding="utf-8")
-    (tmp_path / generate.ABLATIONS).write_text(quality, encoding="utf-8")
-    monkeypatch.setattr(generate, "RESULTS", tmp_path)
-    monkeypatch.setattr(generate, "CURVE_PICTURE", tmp_path / "curve.png")
+    quality = (stored.RESULTS / stored.ABLATIONS).read_text(encoding="utf-8")
+    (tmp_path / stored.ABLATIONS).write_text(quality, encoding="utf-8")
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
+    monkeypatch.setattr(stored, "CURVE_PICTURE", tmp_path / "curve.png")
 
     def row(group: str, label: str, ms: float, **changes: Any) -> dict[str, Any]:
-        stages = {stage: {"median_ms": ms / 4} for stage in generate.CURVE_STAGES}
+        stages = {stage: {"median_ms": ms / 4} for stage in regions.selector.CURVE_STAGES}
         return {"group": group, "label": label, "changes": changes, "stages_ms": stages,
                 "selector_ms": {"median_ms": ms}}  # fmt: skip
 
@@ -422,22 +413,24 @@ def curve(generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     }  # fmt: skip
 
 
-def write_curve(generate: ModuleType, curve: dict[str, Any]) -> None:
-    (generate.RESULTS / generate.CURVE).write_text(json.dumps(curve), encoding="utf-8")
+def write_curve(curve: dict[str, Any]) -> None:
+    (stored.RESULTS / regions.selector.CURVE).write_text(json.dumps(curve), encoding="utf-8")
 
 
 def test_the_selectors_time_stands_beside_the_quality_of_its_setting(
-    generate: ModuleType, curve: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    curve: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert generate.selector_curve() == "Not measured in this checkout yet (`benchmarks/results/gpu_curve.json`)."
-    write_curve(generate, curve)
+    assert (
+        regions.selector.selector_curve() == "Not measured in this checkout yet (`benchmarks/results/gpu_curve.json`)."
+    )
+    write_curve(curve)
     # Nothing is drawn; the link is made relative to the site.
-    monkeypatch.setattr(generate, "CURVE_PICTURE", generate.IMAGES / "curve.png")
-    text = generate.selector_curve()
+    monkeypatch.setattr(stored, "CURVE_PICTURE", stored.IMAGES / "curve.png")
+    text = regions.selector.selector_curve()
     rows = cells_after(text)
     assert [cells[0] for cells in rows] == ["dense", "coordinates: 32 of 64", "default", "query_keep: 1"]
     assert "| **default** |" in text
-    groups = generate.required(generate.ABLATIONS)["groups"]
+    groups = stored.required(stored.ABLATIONS)["groups"]
     for cells, group, label, ms in zip(
         rows[1:], ("sketch-size", "query-keep", "query-keep"), ("32 of 64", "0.5", "1"), (4.0, 5.0, 9.0), strict=True
     ):
@@ -450,23 +443,21 @@ def test_the_selectors_time_stands_beside_the_quality_of_its_setting(
     assert text.endswith("](images/curve.png)")
 
 
-def test_a_time_of_another_setting_than_the_measured_one_is_refused(
-    generate: ModuleType, curve: dict[str, Any]
-) -> None:
+def test_a_time_of_another_setting_than_the_measured_one_is_refused(curve: dict[str, Any]) -> None:
     for changes in ({"query_keep": 0.75}, {"query_keep": 1.0, "sketch_dim": 64}):
         curve["results"][1]["changes"] = changes
-        write_curve(generate, curve)
+        write_curve(curve)
         with pytest.raises(AssertionError, match="query-keep, 1: timed and measured with different settings"):
-            generate.selector_curve()
+            regions.selector.selector_curve()
 
 
-def test_the_picture_of_the_selectors_time_is_of_the_results(generate: ModuleType, curve: dict[str, Any]) -> None:
-    assert generate.curve_is_drawn(), "nothing to draw"
-    write_curve(generate, curve)
-    assert not generate.curve_is_drawn()
-    generate.draw_curve()
-    assert generate.curve_is_drawn()
-    series, default = generate.curve_points()
+def test_the_picture_of_the_selectors_time_is_of_the_results(curve: dict[str, Any]) -> None:
+    assert regions.selector.curve_is_drawn(), "nothing to draw"
+    write_curve(curve)
+    assert not regions.selector.curve_is_drawn()
+    regions.selector.draw_curve()
+    assert regions.selector.curve_is_drawn()
+    series, default = regions.selector.curve_points()
     assert {name: [point.label for point in points] for name, points in series.items()} == {
         "coordinates": ["32 of 64"],
         "query_keep": ["1"],
@@ -474,15 +465,15 @@ def test_the_picture_of_the_selectors_time_is_of_the_results(generate: ModuleTyp
     assert default.x == 5.0
     assert default.low < default.y < default.high
     curve["results"][0]["selector_ms"]["median_ms"] = 5.5
-    write_curve(generate, curve)
-    assert not generate.curve_is_drawn()
+    write_curve(curve)
+    assert not regions.selector.curve_is_drawn()
 
 
-def test_the_picture_of_the_selectors_time_in_the_checkout_is_current(generate: ModuleType) -> None:
-    assert generate.curve_is_drawn(), "stale: run `make docs`"
+def test_the_picture_of_the_selectors_time_in_the_checkout_is_current() -> None:
+    assert regions.selector.curve_is_drawn(), "stale: run `make docs`"
 
 
-def test_the_timed_settings_are_rows_of_the_plan(generate: ModuleType) -> None:
+def test_the_timed_settings_are_rows_of_the_plan() -> None:
     """What benchmarks/gpu_curve.py times joins what the ablations measured: every setting has its quality."""
     pytest.importorskip("triton")
     spec = importlib.util.spec_from_file_location("gpu_curve", PROJECT / "benchmarks" / "gpu_curve.py")
@@ -492,13 +483,13 @@ def test_the_timed_settings_are_rows_of_the_plan(generate: ModuleType) -> None:
     spec.loader.exec_module(module)
     settings = module.settings()
     default = settings[0].config
-    assert {name for name, value in SketchWalkConfig(**generate.BASE).to_dict().items()
+    assert {name for name, value in SketchWalkConfig(**stored.BASE).to_dict().items()
             if value != default.to_dict()[name]} == {"sketch_dim", "dense_below"}  # fmt: skip
     assert [setting.config.query_keep for setting in settings[:4]] == [0.5, 0.25, 0.125, 1.0]
     stage = {"median_ms": 1.0}
     rows = [{**module.named(setting, default), "stages_ms": {}, "selector_ms": stage} for setting in settings]
     data = {"config": default.to_dict(), "shape": module.SHAPE._asdict(), "results": rows}
-    priced = generate.priced_settings(data, generate.required(generate.ABLATIONS))
+    priced = regions.selector.priced_settings(data, stored.required(stored.ABLATIONS))
     assert len({setting.name for setting in priced}) == len(settings)
     assert sum(setting.is_default for setting in priced) == 1
 
@@ -512,50 +503,51 @@ def test_results_name_the_command_that_makes_them_and_no_other_place() -> None:
         assert not re.search(r"[\s=](/|~|\$)", command), file.name
 
 
-def test_the_launches_in_bold_are_those_that_run(generate: ModuleType) -> None:
+def test_the_launches_in_bold_are_those_that_run() -> None:
     pytest.importorskip("triton")
     from sketch_walk.kernels.triton_peaks import PeakLaunch, StepLaunch
 
     peak, step = PeakLaunch(), StepLaunch()
     sizes = f"{peak.rows}x{peak.columns}, {peak.num_warps} warps, {peak.max_registers} registers"
-    assert sizes == generate.PEAK_LAUNCH
+    assert sizes == regions.selector.PEAK_LAUNCH
     sizes = f"peaks, {step.sub_keys} sub-keys, {step.num_warps} warps, {step.num_stages} stages"
-    assert f"{sizes}, {step.max_registers} registers" == generate.STEP_LAUNCH
-    assert generate.gpu_selector().count("| **") == 2
+    assert f"{sizes}, {step.max_registers} registers" == regions.selector.STEP_LAUNCH
+    assert regions.selector.gpu_selector().count("| **") == 2
 
 
-def test_plain_means_are_compared_on_the_same_prompts(
-    generate: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    before, today = (generate.required(name)["results"] for name in (generate.PLAIN, generate.QUALITY))
-    (cells,) = (cells for cells in cells_of(generate.pooling()) if cells[0] == "default, density 0.1")
-    changed = {**generate.BASE, "density": 0.1}
-    old, new = generate.run_of(before, **changed, **generate.PLAIN_MEANS), generate.run_of(today, **changed)
+def test_plain_means_are_compared_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before, today = (stored.required(name)["results"] for name in (stored.PLAIN, stored.QUALITY))
+    (cells,) = (cells for cells in cells_of(regions.quality.pooling()) if cells[0] == "default, density 0.1")
+    changed = {**stored.BASE, "density": 0.1}
+    old, new = (
+        regions.quality.run_of(before, **changed, **regions.quality.PLAIN_MEANS),
+        regions.quality.run_of(today, **changed),
+    )
     gained = round(128 * (new["essay"]["accuracy"] - old["essay"]["accuracy"]))
     assert cells[3] == f"{old['essay']['accuracy']:.2f} / {new['essay']['accuracy']:.2f} ({gained:+d})"
     assert cells[5] == f"{old['prose_nll']:.4f} / {new['prose_nll']:.4f} ({new['prose_nll'] - old['prose_nll']:+.4f})"
-    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    monkeypatch.setattr(stored, "RESULTS", tmp_path)
     files = {}
-    for name, rows in ((generate.QUALITY, today), (generate.PLAIN, before)):
+    for name, rows in ((stored.QUALITY, today), (stored.PLAIN, before)):
         files[name] = {"samples": 128, "seeds": "0-127", "results": [dict(row) for row in rows]}
         (tmp_path / name).write_text(json.dumps(files[name]), encoding="utf-8")
-    generate.knobs()
-    files[generate.PLAIN]["results"][0]["prose_nll"] += 0.1
-    (tmp_path / generate.PLAIN).write_text(json.dumps(files[generate.PLAIN]), encoding="utf-8")
+    regions.quality.knobs()
+    files[stored.PLAIN]["results"][0]["prose_nll"] += 0.1
+    (tmp_path / stored.PLAIN).write_text(json.dumps(files[stored.PLAIN]), encoding="utf-8")
     with pytest.raises(AssertionError, match="asked other prompts"):
-        generate.knobs()
+        regions.quality.knobs()
 
 
-def test_a_bench_file_of_another_rule_says_so(generate: ModuleType) -> None:
-    data = generate.required(generate.PREFILL)
-    assert "earlier default" not in generate.bench_setting(data, generate.PREFILL)
+def test_a_bench_file_of_another_rule_says_so() -> None:
+    data = stored.required(stored.PREFILL)
+    assert "earlier default" not in regions.gpu.bench_setting(data, stored.PREFILL)
     data["config"] |= {"salience": 0.0}
     del data["config"]["query_contrast"]
-    text = generate.bench_setting(data, generate.PREFILL)
+    text = regions.gpu.bench_setting(data, stored.PREFILL)
     assert "**Measured with an earlier default**: with `salience=0.0`, and before there were `query_contrast`." in text
 
 
-def test_a_decode_step_reads_means_outlines_and_all_scales(generate: ModuleType) -> None:
+def test_a_decode_step_reads_means_outlines_and_all_scales() -> None:
     config, tokens = SketchWalkConfig(), 4096
     state = LayerSketch(config)
     state.allocate(1, (3, payload_size(64, config)), (9, 64), torch.bfloat16, torch.device("cpu"))
@@ -564,7 +556,7 @@ def test_a_decode_step_reads_means_outlines_and_all_scales(generate: ModuleType)
     assert scales is not None
     shape = ModelShape(heads=9, kv_heads=3, head_dim=64)
     # 20 of a block's 68 quarters: its mean has four, the outlines of 16 sub-keys one each.
-    assert generate.step_bytes(tokens, config, shape) == codes.nbytes * 20 // 68 + scales.nbytes
+    assert regions.package.step_bytes(tokens, config, shape) == codes.nbytes * 20 // 68 + scales.nbytes
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

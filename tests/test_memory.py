@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sketch_walk import SketchWalkConfig, sketch_walk_attention
+from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.memory import fade, recall
+from sketch_walk.selection import BlockSelection
 from sketch_walk.state import LayerSketch
 
 CONFIG = SketchWalkConfig(block_size=16, top_k_blocks=4, query_sub_block=4, key_sub_block=4, dense_below=0)
@@ -103,22 +104,57 @@ def test_a_sequence_without_a_new_token_remembers_as_before() -> None:
     torch.testing.assert_close(memory[1], before[1])
 
 
-def test_a_prompt_leaves_the_shares_of_its_last_token() -> None:
+def as_if_steps(q: Tensor, k: Tensor, past: int, end: int, selection: BlockSelection) -> Tensor:
+    """What the last tokens of a call from `past` to `end` leave, one by one, each over every block up to its own, or,
+    after a call that is a small part of the sequence, over the blocks of the last row.
+    """
+    memory = torch.zeros(-(-end // 16), device=k.device)
+    row = selection.indices[0, (end - 1) // 16 - past // 16].long()
+    for position in range(max(past, end - 16), end):
+        read = torch.arange(position // 16 + 1, device=k.device) if 4 * (end - past) >= end else row[row >= 0]
+        memory *= 0.9
+        memory[read] = torch.maximum(memory[read], true_shares(q, k, position + 1, read))
+    return memory
+
+
+@pytest.mark.parametrize("end", [176, 181, 190])
+def test_a_prompt_leaves_the_shares_of_its_last_tokens(end: int) -> None:
+    """As steps would have that read every block; a short call after it, as steps over the blocks of its last row."""
     q, k, v = tensors(200)
     state = LayerSketch(CONFIG)
-    result = sketch_walk_attention(q[:, :, :190], k[:, :, :190], v[:, :, :190], CONFIG, state=state, impl="reference")
-    read = result.selection.indices[0, -1].long()
+    result = sketch_walk_attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], CONFIG, state=state, impl="reference")
     assert state.memory is not None
-    torch.testing.assert_close(state.memory[0, 0, read], true_shares(q, k, 190, read))
-    assert (state.memory > 0).sum() == (read >= 0).sum()
-    before = state.memory[:, :, :12].clone()
+    expected = as_if_steps(q, k, 0, end, result.selection)
+    assert (expected > 0).all()
+    torch.testing.assert_close(state.memory[0, 0, : len(expected)], expected)
+    assert not state.memory[0, 0, len(expected) :].any()
+    before = state.memory[0, 0].clone()
     result = sketch_walk_attention(
-        q[:, :, 190:193], k[:, :, :193], v[:, :, :193], CONFIG, state=state, impl="reference"
+        q[:, :, end : end + 5], k[:, :, : end + 5], v[:, :, : end + 5], CONFIG, state=state, impl="reference"
     )
-    read = result.selection.indices[0, -1].long()
-    noted = torch.zeros_like(before)
-    noted[0, 0, read[read < 12]] = true_shares(q, k, 193, read)[read < 12]
-    torch.testing.assert_close(state.memory[:, :, :12], torch.maximum(before * 0.9**3, noted))
+    noted = as_if_steps(q, k, end, end + 5, result.selection)
+    assert (noted == 0).any()
+    torch.testing.assert_close(state.memory[0, 0, : len(noted)], torch.maximum(before[: len(noted)] * 0.9**5, noted))
+
+
+def test_sequences_of_a_batch_look_around_each_by_itself() -> None:
+    """A call that is a quarter of one sequence and less of another: alone each leaves the same."""
+    q, k, v = tensors(100, batch=2)
+    valid = torch.ones(2, 100, dtype=torch.bool, device=DEVICE)
+    valid[1, :60] = False
+    both, state = LayerSketch(CONFIG), LayerSketch(CONFIG)
+    for first, last in ((0, 88), (88, 100)):
+        layout = make_layout(2, last - first, last, q.device, valid=valid[:, :last])
+        new, seen = slice(first, last), slice(0, last)
+        sketch_walk_attention(
+            q[:, :, new], k[:, :, seen], v[:, :, seen], CONFIG, state=both, layout=layout, impl="reference"
+        )
+        new, seen = slice(max(first, 60), last), slice(60, last)
+        sketch_walk_attention(q[1:, :, new], k[1:, :, seen], v[1:, :, seen], CONFIG, state=state, impl="reference")
+    assert both.memory is not None
+    assert state.memory is not None
+    torch.testing.assert_close(both.memory[1, :, :3], state.memory[0, :, :3])
+    assert (both.memory[1, :, :3] > 0).all()
 
 
 def test_a_dense_tail_leaves_the_shares_of_every_block() -> None:
@@ -126,12 +162,18 @@ def test_a_dense_tail_leaves_the_shares_of_every_block() -> None:
     config = replace(CONFIG, dense_tail_blocks=1)
     state = prompt(q, k, v, 190, config)
     assert state.memory is not None
-    torch.testing.assert_close(state.memory[0, 0, :12], true_shares(q, k, 190, torch.arange(12, device=DEVICE)))
+    state.memory.zero_()
+    result = sketch_walk_attention(
+        q[:, :, 190:195], k[:, :, :195], v[:, :, :195], config, state=state, impl="reference"
+    )
+    expected = as_if_steps(q, k, 190, 195, result.selection)
+    assert (expected > 0).all()
+    torch.testing.assert_close(state.memory[0, 0, : len(expected)], expected)
 
 
 def test_a_call_without_a_lasting_state_notes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors(100)
-    monkeypatch.setattr("sketch_walk.attention.note_last_token", lambda *_: pytest.fail("nobody reads it"))
+    monkeypatch.setattr("sketch_walk.attention.note_last_tokens", lambda *_: pytest.fail("nobody reads it"))
     sketch_walk_attention(q, k, v, CONFIG, impl="reference")
 
 
@@ -148,6 +190,63 @@ def test_prompts_through_kernels_note_the_same(head_mode: str) -> None:
     assert found is not None
     assert expected.any()
     torch.testing.assert_close(found[..., :9], expected[..., :9], rtol=3e-3, atol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "tokens", "block_size", "dim", "dtype"),
+    [
+        (4, 2, 16, 16, 32, torch.float32),
+        (16, 1, 16, 32, 64, torch.float32),
+        (3, 1, 16, 64, 80, torch.float32),
+        (2, 2, 1, 128, 256, torch.float32),
+        (8, 2, 5, 128, 128, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_token_shares_agree(
+    heads: int, kv_heads: int, tokens: int, block_size: int, dim: int, dtype: torch.dtype, padded: bool
+) -> None:
+    """Of every token that is one, over blocks in any number, among them blocks that lie past the token."""
+    generator = torch.Generator().manual_seed(0)
+    length, sequences = 5 * block_size - 3, 2
+    key = torch.randn(sequences, length, kv_heads, dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
+    query = torch.randn(sequences, heads, tokens, dim, generator=generator).to(DEVICE, dtype)
+    valid = torch.ones(sequences, length, dtype=torch.bool, device=DEVICE)
+    if padded:
+        valid[1, : block_size + 2] = False
+        key[1, :, : block_size + 2] = float("nan")
+    layout = make_layout(sequences, tokens, length, key.device, valid=valid if padded else None)
+    ranks = (layout.length[:, None] - 1 - 2 * torch.arange(tokens, device=DEVICE)).contiguous()
+    ranks[0, tokens // 2 :] = -1
+    selections = 1 if padded else kv_heads
+    counts = torch.tensor([3, 2], device=DEVICE, dtype=torch.int32)[:, None].expand(-1, selections)
+    indices = torch.tensor([[1, 3, 4, -1], [0, 3, -1, -1]], device=DEVICE, dtype=torch.int32)
+    indices = indices[:, None].repeat(1, selections, 1)
+    shares = [
+        kernels.token_shares(
+            query, key, indices, counts, ranks, layout, block_size=block_size, scale=dim**-0.5, impl=impl
+        )
+        for impl in ("reference", "triton")
+    ]
+    assert shares[0].shape == (sequences, heads, tokens, 4)
+    assert not shares[0][0, :, :, 3].any()
+    assert not shares[0][0, :, tokens // 2 :].any()
+    totals = shares[0][1, :, 0].sum(-1)
+    torch.testing.assert_close(totals, torch.ones_like(totals))
+    precision = {"rtol": 2e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 1e-3}
+    torch.testing.assert_close(shares[1], shares[0], **precision)
+
+
+@needs_triton
+def test_token_shares_of_an_impl_that_cannot() -> None:
+    q, k, _ = tensors(64)
+    table = torch.zeros(1, 1, 2, dtype=torch.int32, device=DEVICE), torch.ones(1, 1, dtype=torch.int32, device=DEVICE)
+    layout = make_layout(1, 2, 64, k.device)
+    with pytest.raises(ValueError, match="block_size 24"):
+        kernels.token_shares(
+            q[:, :, -2:], k, *table, layout.length[:, None], layout, block_size=24, scale=1.0, impl="triton"
+        )
 
 
 def test_slots_beyond_the_sequence_say_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -320,6 +321,29 @@ def test_deferred_queries_follow_reorder_and_repeat() -> None:
     assert sketch.pending[0].flatten().tolist() == [0, 0, 1, 1]
     assert sketch.codes is not None
     assert sketch.codes.shape[0] == 4
+
+
+def test_last_queries_of_a_dense_call_follow_the_cache() -> None:
+    queries = torch.arange(2.0).view(2, 1, 1, 1)
+    sketch = LayerSketch(CONFIG)
+    sketch.keep_last(queries.requires_grad_(), 20)
+    sketch.repeat(2)
+    sketch.reorder(torch.tensor([3, 0]))
+    assert sketch.nbytes()["queries"] == 8
+    sketch.crop(20)
+    taken = sketch.take_last(20)
+    assert taken is not None
+    assert taken.flatten().tolist() == [1, 0]
+    assert not taken.requires_grad
+    assert sketch.take_last(20) is None
+
+
+@pytest.mark.parametrize("forget", [lambda s: s.crop(19), LayerSketch.reset, lambda s: s.take_last(21)])
+def test_last_queries_of_a_dense_call_go_with_its_tokens(forget: Callable[[LayerSketch], object]) -> None:
+    sketch = LayerSketch(CONFIG)
+    sketch.keep_last(torch.zeros(1, 1, 2, 4), 20)
+    forget(sketch)
+    assert sketch.take_last(20) is None
 
 
 def test_reorder_moves_every_buffer() -> None:

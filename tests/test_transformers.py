@@ -507,6 +507,44 @@ def test_dense_calls_leave_the_state_of_sparse_ones(
         assert distance(late.read_rows(complete), identity) > 0.1
 
 
+@pytest.mark.parametrize("cache_type", ["dynamic", "static"])
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "padded"])
+def test_dense_prompts_leave_what_their_last_tokens_found(
+    llama: PreTrainedModel,
+    ids: Tensor,
+    left_mask: Tensor,
+    cache_type: str,
+    padded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sparse prompt's last tokens read every block, as those of a dense one do that is long enough."""
+    monkeypatch.setattr(integration, "DENSE_FROM", PROMPT)
+    mask = left_mask if padded else torch.ones_like(left_mask)
+    tokens = torch.cat([ids, ids[:, :1]], 1)
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    memories = []
+    for mode in ("both", "decode"):
+        cache: Any = DynamicCache(config=llama.config)
+        if cache_type == "static":
+            cache = StaticCache(config=llama.config, max_cache_len=PROMPT + NEW)
+        with torch.no_grad(), enable(llama, FULL, mode=mode):
+            for a, b in ((0, PROMPT), (PROMPT, PROMPT + 1)):
+                llama(tokens[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache)
+        memories.append({layer: sketch.memory for layer, sketch in sketches(cache).items()})
+    for layer, expected in memories[0].items():
+        assert expected is not None
+        assert (expected[:, :, : (PROMPT - PADDING) // SIZE] > 0).all()
+        torch.testing.assert_close(memories[1][layer], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_short_dense_prompt_leaves_nothing(llama: PreTrainedModel, ids: Tensor) -> None:
+    cache = DynamicCache(config=llama.config)
+    with torch.no_grad(), enable(llama, FULL, mode="decode"):
+        llama(ids, past_key_values=cache)
+    assert all(sketch.last is None for sketch in sketches(cache).values())
+
+
 def test_cache_filled_before_enabling_is_taken_over(llama: PreTrainedModel, ids: Tensor) -> None:
     """Keys of tokens that were never seen are sketched from the cache; at full budget nothing differs."""
     with torch.no_grad():

@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
-from sketch_walk.layout import Layout, last_token, make_layout
-from sketch_walk.memory import fade, recall
+from sketch_walk.layout import Layout, make_layout
+from sketch_walk.memory import LAST_TOKENS, LEAST_PART, fade, note, recall
 from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores, step_selection, step_with_triton
 from sketch_walk.selection import BlockSelection, row_counts, select_blocks
 from sketch_walk.state import LayerSketch, SketchState
@@ -161,43 +162,52 @@ def sketch_walk_attention(
         impl=impl,
     )
     if remembers and lasting and num_queries > 1 and state.memory is not None and shared.counts.numel():
-        with torch.no_grad():
-            note_last_token(state.memory, query, key, value, shared, layout, scale, config, impl)
+        note_last_tokens(state.memory, query, key, shared, layout, scale, config, impl)
     return SketchWalkOutput(output, selection, rows, used)
 
 
-def note_last_token(
+@torch.no_grad()
+def note_last_tokens(
     memory: Tensor,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
-    selection: BlockSelection,
+    selection: BlockSelection | None,
     layout: Layout,
     scale: float,
     config: SketchWalkConfig,
-    impl: str,
+    impl: str = "auto",
 ) -> None:
-    """What each sequence's last token of a call of several found counts as a step's: its shares are noted.
+    """What each sequence's last tokens of a call of several find counts as if they had been steps.
 
-    They are those of a step that reads the blocks of the token's row.
+    They read every block where the call is a good part of the sequence, or without a `selection` (a dense call), else
+    the blocks of the sequence's last row.
     """
-    last = last_token(layout)
-    row = last.past // config.block_size - layout.first_block(config.block_size)
-    row = row.clamp(0, selection.counts.shape[2] - 1).view(-1, 1, 1)
-    indices, counts = selection
-    at = layout.query_positions((last.past - layout.past)[:, None])
-    kernels.attend(
-        query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])),
-        key,
-        value,
-        indices.gather(2, row[..., None].expand(-1, indices.shape[1], -1, indices.shape[3])),
-        counts.gather(2, row.expand(-1, counts.shape[1], -1)),
-        last,
-        block_size=config.block_size,
-        scale=scale,
-        memory=memory,
-        impl="auto" if impl == "cute" else impl,
-    )
+    size = config.block_size
+    age = torch.arange(min(LAST_TOKENS, layout.num_queries), device=query.device)
+    rank = layout.length[:, None] - 1 - age
+    at = layout.query_positions(rank - layout.past[:, None])
+    queries = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    indices, counts = _looked_at(selection, layout, size, memory.shape[1])
+    shares = kernels.token_shares(queries, key, indices, counts, rank, layout, block_size=size, scale=scale, impl=impl)
+    note(memory, shares, indices, torch.where(rank >= layout.past[:, None], age, -1), config)
+
+
+def _looked_at(selection: BlockSelection | None, layout: Layout, size: int, selections: int) -> BlockSelection:
+    """Blocks that each sequence's last tokens read: every one, or those of its last row."""
+    every = torch.arange(-(-layout.max_length // size), dtype=torch.int32, device=layout.length.device)
+    every = every.expand(len(layout.length), selections, -1)
+    count = (-(-layout.length // size)).to(torch.int32)[:, None].expand(-1, selections)
+    if selection is None:
+        return BlockSelection(every, count)
+    row = ((layout.length - 1) // size - layout.first_block(size)).clamp(0, selection.counts.shape[2] - 1)
+    row = row.view(-1, 1, 1).expand(-1, selections, 1)
+    table = selection.indices.gather(2, row[..., None].expand(-1, -1, -1, selection.indices.shape[3]))[:, :, 0]
+    read = selection.counts.gather(2, row)[:, :, 0]
+    if layout.bounds is not None and all(LEAST_PART * (n - p) < n for p, n in layout.bounds):
+        return BlockSelection(table, read)
+    look = (LEAST_PART * (layout.length - layout.past) >= layout.length)[:, None]
+    table = F.pad(table, (0, every.shape[2] - table.shape[2]), value=-1)
+    return BlockSelection(torch.where(look[..., None], every, table), torch.where(look, count, read))
 
 
 def one_step(

@@ -152,15 +152,6 @@ def make_layout(
     return Layout(past, length, num_queries, num_keys, bounds, query_index, key_index)
 
 
-def last_token(layout: Layout) -> Layout:
-    """Layout of a call of each sequence's last token alone, its query gathered; a sequence without new tokens has none
-    here either.
-    """
-    past = torch.where(layout.length > layout.past, layout.length - 1, layout.length)
-    bounds = layout.bounds and tuple((max(n - 1, p), n) for p, n in layout.bounds)
-    return Layout(past, layout.length, 1, layout.num_keys, bounds, None, layout.key_index)
-
-
 def take_tokens(
     x: Shaped[Tensor, "batch heads seq dim"], positions: Int[Tensor, "batch groups one_or_heads tokens"]
 ) -> Shaped[Tensor, "batch groups heads tokens dim"]:

@@ -3,8 +3,8 @@
 A sketch of four pooled keys finds the passage that a question is about, but blurs the single token that the next step
 of an answer needs. Attention over the blocks that were read is exact, so each block's true share of it says what the
 sketch could not: it is remembered, `SketchWalkConfig.step_memory` times less with every token, and stands in as the
-block's score where the sketch gives less. A longer call lets the memory
-fade and leaves the shares of its last token.
+block's score where the sketch gives less. A longer call lets the memory fade and leaves what its last tokens would have
+left as steps; those of a prompt look at every block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
+
+# Tokens at the end of a longer call whose shares are noted: the sixteenth's have faded to a fifth.
+LAST_TOKENS = 16
+# Of the sequence's tokens the part that a call must be for these to read every block: it takes far more time itself.
+LEAST_PART = 4
+# Tokens from which a dense call leaves anything: below, a copy of sixteen queries would count beside its attention.
+DENSE_FROM = 4096
 
 
 def fade(memory: Float[Tensor, "batch selections slots"], layout: Layout, config: SketchWalkConfig) -> None:
@@ -40,3 +47,21 @@ def recall(
     blocks = scores.shape[3]
     held = torch.arange(blocks, device=scores.device) * config.block_size < layout.length[:, None]
     return torch.maximum(scores, (memory[:, :, :blocks] * held[:, None])[:, :, None])
+
+
+def note(
+    memory: Float[Tensor, "batch selections slots"],
+    shares: Float[Tensor, "batch heads tokens blocks"],
+    indices: Int[Tensor, "batch selections blocks"],
+    ages: Int[Tensor, "batch tokens"],
+    config: SketchWalkConfig,
+) -> None:
+    """Remember each block's greatest share, faded by the token's age, where it is more than is remembered, in place.
+
+    `indices` are the blocks' numbers, -1 for none; tokens of a negative age say nothing.
+    """
+    weights = torch.where(ages >= 0, config.step_memory ** ages.float(), 0.0)
+    greatest = (shares * weights[:, None, :, None]).amax(2)
+    greatest = greatest.unflatten(1, (indices.shape[1], -1)).amax(2)
+    slots = torch.where(indices >= 0, indices, memory.shape[2] - 1).long()
+    memory.scatter_reduce_(2, slots, torch.where(indices >= 0, greatest, 0.0), "amax")

@@ -56,6 +56,8 @@ class LayerSketch:
         # keeps count.
         self.tokens = 0
         self.pending: list[Tensor] = []
+        # Queries of the last tokens of a dense call, and the position behind them.
+        self.last: tuple[Tensor, int] | None = None
         self.codes: Tensor | None = None
         self.scales: Tensor | None = None
         self.memory: Tensor | None = None
@@ -218,6 +220,15 @@ class LayerSketch:
             return None
         return torch.cat(pending, 2)[:, :, :missing]
 
+    def keep_last(self, queries: Shaped[Tensor, "batch heads n dim"], stop: int) -> None:
+        """Keep the queries of the last positions before `stop`, of a call that ran dense, for the memory of steps."""
+        self.last = queries.detach().clone(memory_format=torch.contiguous_format), stop
+
+    def take_last(self, stop: int) -> Tensor | None:
+        """What `keep_last` was given if nothing came after it before `stop`; it does not stay behind."""
+        last, self.last = self.last, None
+        return None if last is None or last[1] != stop else last[0]
+
     @property
     def pending_tokens(self) -> int:
         """Positions whose queries wait to be taken in."""
@@ -233,6 +244,8 @@ class LayerSketch:
         if tokens < self.tokens and self.memory is not None:
             # Block by block: what was remembered of the block that is open again stays.
             self.memory[:, :, -(-tokens // self.config.block_size) :] = 0
+        if self.last is not None and tokens < self.last[1]:
+            self.last = None
         self.tokens = min(self.tokens, tokens)
 
     @torch.inference_mode(False)
@@ -243,19 +256,19 @@ class LayerSketch:
             if buffer is not None:
                 setattr(self, name, buffer.index_select(0, index.to(buffer.device)))
         self.pending = [queries.index_select(0, index.to(queries.device)) for queries in self.pending]
+        if self.last is not None:
+            self.last = self.last[0].index_select(0, index.to(self.last[0].device)), self.last[1]
 
     def repeat(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times in place (sequence 0 first)."""
-        if self.codes is not None:
-            batch = torch.arange(self.codes.shape[0], device=self.codes.device)
-            self.reorder(batch.repeat_interleave(repeats))
-        elif self.pending:
-            self.pending = [queries.repeat_interleave(repeats, 0) for queries in self.pending]
+        held = [x for x in (self.codes, *self.pending, self.last and self.last[0]) if x is not None]
+        if held:
+            self.reorder(torch.arange(held[0].shape[0], device=held[0].device).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget everything; a fixed capacity keeps its buffers, at their addresses."""
         self.tokens = 0
-        self.pending = []
+        self.pending, self.last = [], None
         if self.capacity is not None and self.codes is not None:
             for buffer in (self.memory, self.ring_start):
                 if buffer is not None:
@@ -270,7 +283,7 @@ class LayerSketch:
             "keys": _bytes((self.codes, self.scales)),
             "memory": _bytes((self.memory,)),
             "rows": _bytes((self.rows,)),
-            "queries": _bytes((self.ring, self.ring_start, *self.pending)),
+            "queries": _bytes((self.ring, self.ring_start, *self.pending, self.last and self.last[0])),
         }
         return size
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sketch_walk import kernels
-from sketch_walk.attention import sketch_walk_attention
+from sketch_walk.attention import SketchWalkOutput, sketch_walk_attention
 from sketch_walk.bench.baselines import (
     BASELINES,
     UnavailableError,
@@ -49,6 +49,7 @@ from sketch_walk.bench.record import Row, compare
 from sketch_walk.bench.timing import NotCapturableError, capture, first_line, measure
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
+from sketch_walk.memory import DENSE_FROM, LAST_TOKENS
 from sketch_walk.selection import BlockSelection, block_density, pair_density
 from sketch_walk.state import LayerSketch
 
@@ -305,6 +306,8 @@ def _dense_path(case: Case, config: SketchWalkConfig) -> Tensor:
     output = kernels.attend_dense(*case.inputs, case.layout, scale=case.scale)
     if config.uses_walk:
         LayerSketch(config).defer(case.inputs.query)
+    elif config.remembers and not case.decode and case.tokens >= DENSE_FROM:
+        LayerSketch(config).keep_last(case.inputs.query[:, :, -LAST_TOKENS:], case.tokens)
     return output
 
 
@@ -313,8 +316,13 @@ def layer_call(case: Case, config: SketchWalkConfig, impl: str) -> Callable[[], 
     layout, state = case.layout, None
     if case.decode:
         state = filled_state(case.inputs.key, case.inputs.query, config, layout, fixed=True)
-    attend = partial(sketch_walk_attention, *case.inputs, config, state=state, layout=layout, impl=impl)
-    return partial(attend, walk=attend().walk)
+
+    def call(walk: Tensor | None = None) -> SketchWalkOutput:
+        # A prompt makes the state that steps need, and leaves in it what its last tokens found.
+        own = LayerSketch(config) if state is None else state
+        return sketch_walk_attention(*case.inputs, config, state=own, walk=walk, layout=layout, impl=impl)
+
+    return partial(call, walk=call().walk)
 
 
 def _check_output(

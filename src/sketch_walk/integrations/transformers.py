@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from sketch_walk import kernels
-from sketch_walk.attention import ScoreFunction, SketchWalkOutput, sketch_walk_attention
+from sketch_walk.attention import ScoreFunction, SketchWalkOutput, note_last_tokens, sketch_walk_attention
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import require
 from sketch_walk.hadamard import sketch_matrix
 from sketch_walk.layout import Layout, make_layout
+from sketch_walk.memory import DENSE_FROM, LAST_TOKENS, fade
 from sketch_walk.scoring import absorb_call, absorb_keys
 from sketch_walk.selection import block_density, pair_density, row_counts
 
@@ -511,6 +512,12 @@ def _take_in(
     else:
         absorb_call(sketch, pending, earlier, layout, scale, impl=impl)
     sketch.tokens = stop
+    last = sketch.take_last(stop)
+    if sketch.memory is not None:
+        fade(sketch.memory, layout, sketch.config)
+        if last is not None:
+            layout = make_layout(key.shape[0], last.shape[2], stop, key.device, valid=valid)
+            note_last_tokens(sketch.memory, last, earlier, None, layout, scale, sketch.config, impl)
 
 
 def _remember_dense_call(
@@ -518,8 +525,14 @@ def _remember_dense_call(
 ) -> None:
     """A dense call leaves the same state as a sparse one, at once or when a sparse call needs it."""
     sketch = layer.sketch
+    long = query.shape[2] > 1 and key.shape[2] >= DENSE_FROM
     if isinstance(layer, SketchStaticLayer):
         absorb_call(sketch, query, key, layout, scale, impl=impl)
+        if sketch.memory is not None and long:
+            fade(sketch.memory, layout, sketch.config)
+            note_last_tokens(sketch.memory, query, key, None, layout, scale, sketch.config, impl)
+    elif sketch.config.remembers and long:
+        sketch.keep_last(query[:, :, -LAST_TOKENS:], key.shape[2])
     elif sketch.config.uses_walk:
         sketch.crop(key.shape[2] - query.shape[2])
         sketch.defer(query)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import MissingExtraError, is_installed
-from sketch_walk.kernels import flash_cute
+from sketch_walk.kernels import flash_cute, reference
 from sketch_walk.kernels.dense import attend_dense
 from sketch_walk.kernels.reference import attend_selected
 from sketch_walk.layout import Layout
@@ -135,6 +135,33 @@ def attend(
         memory=memory,
     )
     return output, "reference"
+
+
+def token_shares(
+    query: Shaped[Tensor, "batch heads tokens head_dim"],
+    key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
+    indices: Int[Tensor, "batch selections max_selected"],
+    counts: Int[Tensor, "batch selections"],
+    ranks: Int[Tensor, "batch tokens"],
+    layout: Layout,
+    *,
+    block_size: int,
+    scale: float,
+    impl: str = "auto",
+) -> Float[Tensor, "batch heads tokens max_selected"]:
+    """`reference.token_shares`, by its Triton kernel where that serves ("cute" has none of its own)."""
+    impl = "auto" if impl == "cute" else impl
+    if impl != "reference":
+        reason = _why_not_triton_here(query, key, key, block_size, True, None, False, impl == "auto")
+        if reason is None:
+            from sketch_walk.kernels import triton_shares
+
+            return triton_shares.token_shares(
+                query, key, indices, counts, ranks, layout, block_size=block_size, scale=scale
+            )
+        if impl == "triton":
+            raise ValueError(f"impl 'triton' cannot run this call: {reason}")
+    return reference.token_shares(query, key, indices, counts, ranks, layout, block_size=block_size, scale=scale)
 
 
 def sketches_with_triton(impl: str, x: Tensor, config: SketchWalkConfig, width: int) -> bool:
@@ -452,4 +479,5 @@ __all__ = [
     "sketch_keys",
     "sketches_with_triton",
     "step_selection",
+    "token_shares",
 ]

@@ -132,6 +132,46 @@ def attend_selected(
     return rows_out[:-1].view(batch, num_queries, heads, value_dim).transpose(1, 2)
 
 
+def token_shares(
+    query: Shaped[Tensor, "batch heads tokens head_dim"],
+    key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
+    indices: Int[Tensor, "batch selections max_selected"],
+    counts: Int[Tensor, "batch selections"],
+    ranks: Int[Tensor, "batch tokens"],
+    layout: Layout,
+    *,
+    block_size: int,
+    scale: float,
+) -> Float[Tensor, "batch heads tokens max_selected"]:
+    """Share of attention that a few tokens of a sequence give to each block of one row of a selection, among those.
+
+    Parameters
+    ----------
+    ranks : torch.Tensor
+        Of the tokens of `query`; a token sees the keys up to its own.
+
+    Returns
+    -------
+    torch.Tensor
+        float32; 0 beyond `counts`, and for tokens that see none of the blocks.
+    """
+    group, blocks = query.shape[1] // key.shape[1], indices.shape[2]
+    within = torch.arange(block_size, device=query.device)
+    selected = torch.arange(blocks, device=query.device) < counts[..., None]
+    shares = query.new_empty(*query.shape[:3], blocks, dtype=torch.float32)
+    # One head's keys at a time: gathered keys and logits of all could be as large as the cache.
+    for head in range(key.shape[1]):
+        own = head if indices.shape[1] > 1 else 0
+        key_rank = (indices[:, own, :, None].long() * block_size + within).flatten(1)
+        held = selected[:, own].repeat_interleave(block_size, 1) & (key_rank < layout.length[:, None])
+        keys = take_tokens(key[:, head : head + 1], layout.key_positions(key_rank)[:, None, None])[:, 0]
+        logits = (query[:, head * group : (head + 1) * group] @ keys.mT).float() * scale
+        visible = (held[:, None] & (key_rank[:, None] <= ranks[..., None]))[:, None]
+        weights = logits.masked_fill_(~visible, -math.inf).softmax(-1).nan_to_num_(0.0)
+        shares[:, head * group : (head + 1) * group] = weights.unflatten(-1, (-1, block_size)).sum(-1)
+    return shares
+
+
 def _remember_shares(
     memory: Float[Tensor, "batch selections slots"],
     queries: Shaped[Tensor, "batch 1 kv_heads group 1 head_dim"],

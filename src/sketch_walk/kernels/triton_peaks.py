@@ -88,7 +88,7 @@ OVERLAPPED = StepLaunch(128, 1, 1, 1, None)
 
 
 # Blocks of a row whose scratch is turned into scores at a time.
-CHUNK = 64
+CHUNK = 512
 
 
 @triton.jit
@@ -149,11 +149,10 @@ def _products(queries, keys, tile, column, TILE: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def _logits(products, units, key_scales, block, num_blocks, ROWS: tl.constexpr, PER_BLOCK: tl.constexpr,
-            TILE_BLOCKS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _logits(products, units, steps, ROWS: tl.constexpr, PER_BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
+            MASKED: tl.constexpr):  # fmt: skip
     """Best logit [ROWS, TILE_BLOCKS] of every block of a tile."""
     peak = tl.max(tl.reshape(products, [ROWS, PER_BLOCK, TILE_BLOCKS]), 1)
-    steps = tl.load(key_scales + 2 * block, mask=block < num_blocks, other=0.0)
     logit = peak.to(tl.float32) * (units[:, None] * steps[None, :])
     if MASKED:
         logit = tl.where(peak == NOTHING, HIDDEN, logit)
@@ -172,28 +171,32 @@ def _keep(logit, base, total, to, block, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def _exact_normaliser(scratch, lane, num_blocks, width, CHUNK: tl.constexpr, ROWS: tl.constexpr):
-    """From the scratch, for rows whose sum of powers was cut: over their best block's."""
-    top = tl.full([ROWS], -60000.0, tl.float32)
-    for chunk in range(tl.cdiv(num_blocks, CHUNK)):
-        top = tl.maximum(top, tl.max(_scratch_chunk(scratch, lane, chunk, num_blocks, width, CHUNK), 1))
-    total = tl.zeros([ROWS], tl.float32)
-    for chunk in range(tl.cdiv(num_blocks, CHUNK)):
-        logit = _scratch_chunk(scratch, lane, chunk, num_blocks, width, CHUNK)
-        total += tl.sum(tl.exp2(logit - top[:, None]), 1)
-    return top + tl.log2(total)
+def _exact_normaliser(logits, num_blocks, CHUNK: tl.constexpr):
+    """From one lane of the scratch, of a tile where a sum of powers was cut: over the best block's."""
+    best = tl.full([CHUNK], -60000.0, tl.float32)
+    total = tl.zeros([CHUNK], tl.float32)
+    for first in range(0, num_blocks, CHUNK):
+        block = first + tl.arange(0, CHUNK)
+        logit = tl.load(logits + block, mask=block < num_blocks, other=-60000.0).to(tl.float32)
+        logit = tl.minimum(tl.maximum(logit, -60000.0), 60000.0)
+        now = tl.maximum(best, logit)
+        total = total * tl.exp2(best - now) + tl.exp2(logit - now)
+        best = now
+    top = tl.max(best, 0)
+    return top + tl.log2(tl.sum(total * tl.exp2(best - top), 0))
 
 
 @triton.jit
-def _scratch_chunk(scratch, lane, chunk, num_blocks, width, CHUNK: tl.constexpr):
-    """Logits [ROWS, CHUNK] over their rows' bases, finite; -60000 past the last block."""
-    block = chunk * CHUNK + tl.arange(0, CHUNK)
-    logit = tl.load(
-        scratch + lane[:, None] * width + block[None, :],
-        mask=(block < num_blocks)[None, :] & (lane >= 0)[:, None],
-        other=-60000.0,
-    )
-    return tl.minimum(tl.maximum(logit.to(tl.float32), -60000.0), 60000.0)
+def _best_share(scratch, normalisers, start, block, kept, width, LANES: tl.constexpr, CHUNK: tl.constexpr):
+    """Greatest share [CHUNK] of attention that LANES sub-queries from `start` on give to blocks.
+
+    Lane after lane: a thread has the same blocks of all.
+    """
+    best = tl.full([CHUNK], float("-inf"), tl.float32)
+    for lane in tl.range(start, start + LANES, loop_unroll_factor=min(LANES, 16)):
+        logit = tl.load(scratch + lane * width + block, mask=kept, other=float("-inf"))
+        best = tl.maximum(best, logit.to(tl.float32) - tl.load(normalisers + lane))
+    return tl.exp2(tl.minimum(best, 0.0))
 
 
 @triton.jit
@@ -207,7 +210,7 @@ def _hide(products, tile, last, end, TILE: tl.constexpr, TILE_BLOCKS: tl.constex
 
 @triton.jit
 def _peaks(
-    query_codes, query_scales, last_rank, keys, key_scales, scratch, scores, length,
+    query_codes, query_scales, last_rank, keys, key_scales, scratch, normalisers, scores, length,
     s_batch, s_head, o_batch, o_selection, o_row,
     batch, num_rows, num_heads, num_groups, num_blocks, num_tiles, width, scale_log2,
     GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, KEPT: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
@@ -221,6 +224,7 @@ def _peaks(
     column = tl.arange(0, COLUMNS)
     block_column = tl.arange(0, TILE_BLOCKS)
     scratch += tl.program_id(0).to(tl.int64) * ROWS * width
+    normalisers += tl.program_id(0) * ROWS
     head_tiles = num_heads // TILE_HEADS
     for task in range(tl.program_id(0), num_groups * head_tiles * batch, tl.num_programs(0)):
         group = num_groups - 1 - task // (head_tiles * batch)
@@ -243,11 +247,11 @@ def _peaks(
             kv_head = head // GROUP
             place = (sequence.to(tl.int64) * (num_heads // GROUP) + kv_head) * num_tiles
             tile_keys = keys + place * TILE * COLUMNS
-            steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head
+            key_steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head
             # Powers are taken over the first sub-key's logit, which takes out what all keys have in common. Where a
             # logit lies 120 and more above it the sum is cut, and made again from the scratch.
             first_key = tl.load(tile_keys + column).to(tl.float32)
-            base = tl.sum(queries.to(tl.float32) * first_key[None, :], 1) * units * tl.load(steps)
+            base = tl.sum(queries.to(tl.float32) * first_key[None, :], 1) * units * tl.load(key_steps)
             total = tl.zeros([ROWS, TILE_BLOCKS], tl.float32)
             to = scratch + lane[:, None] * width
             # Tiles before this one are seen in full by every sub-query that is one.
@@ -255,40 +259,37 @@ def _peaks(
             tiles = reach // (TILE_BLOCKS * BLOCK) + 1
             for tile in range(clear):
                 block = tile * TILE_BLOCKS + block_column
+                # Loaded here, they arrive while the products are made.
+                steps = tl.load(key_steps + 2 * block, mask=block < num_blocks, other=0.0)
                 products = _products(queries, tile_keys, tile, column, TILE, COLUMNS, WIDEN)
-                logit = _logits(products, units, steps, block, num_blocks, ROWS, PER_BLOCK, TILE_BLOCKS, False)
+                logit = _logits(products, units, steps, ROWS, PER_BLOCK, TILE_BLOCKS, False)
                 total = _keep(logit, base, total, to, block, WIDEN)
             for tile in range(clear, tiles):
                 block = tile * TILE_BLOCKS + block_column
+                steps = tl.load(key_steps + 2 * block, mask=block < num_blocks, other=0.0)
                 products = _products(queries, tile_keys, tile, column, TILE, COLUMNS, WIDEN)
                 products = _hide(products, tile, last, end, TILE, TILE_BLOCKS, PER_BLOCK, KEY_SUB)
-                logit = _logits(products, units, steps, block, num_blocks, ROWS, PER_BLOCK, TILE_BLOCKS, True)
+                logit = _logits(products, units, steps, ROWS, PER_BLOCK, TILE_BLOCKS, True)
                 total = _keep(logit, base, total, to, block, WIDEN)
             normaliser = tl.log2(tl.maximum(tl.sum(total, 1), 1.1754944e-38))
+            tl.store(normalisers + lane, tl.where(last >= 0, normaliser, 1.0e30))
             tl.debug_barrier()
-            if tl.max(normaliser, 0) >= 119.0:
-                normaliser = _exact_normaliser(scratch, lane, tiles * TILE_BLOCKS, width, CHUNK, ROWS)
-            normaliser = tl.where(last >= 0, normaliser, 1.0e30)
+            if tl.max(tl.where(last >= 0, normaliser, 0.0), 0) >= 119.0:
+                for one in range(ROWS):
+                    if tl.load(normalisers + one) < 1.0e30:
+                        exact = _exact_normaliser(scratch + one * width, tiles * TILE_BLOCKS, CHUNK)
+                        tl.store(normalisers + one, exact)
+                tl.debug_barrier()
             selection = kv_head if PER_HEAD else 0
-            first = tl.arange(0, TILE_ROWS)
-            out_row = group * TILE_ROWS + first
             out = scores + sequence.to(tl.int64) * o_batch + selection * o_selection
-            for chunk in range(tl.cdiv(tiles * TILE_BLOCKS, CHUNK)):
-                block = chunk * CHUNK + tl.arange(0, CHUNK)
-                written = block < tiles * TILE_BLOCKS
-                logit = tl.load(
-                    scratch + lane[:, None] * width + block[None, :],
-                    mask=written[None, :] & (lane >= 0)[:, None],
-                    other=float("-inf"),
-                )
-                excess = logit.to(tl.float32) - normaliser[:, None]
-                of_row = tl.max(tl.reshape(excess, [TILE_ROWS, ROWS // TILE_ROWS, CHUNK]), 1)
-                kept = (out_row < num_rows)[:, None] & (block < num_blocks)[None, :] & written[None, :]
-                tl.atomic_max(
-                    out + out_row.to(tl.int64)[:, None] * o_row + block[None, :], tl.exp2(tl.minimum(of_row, 0.0)),
-                    mask=kept,
-                    sem="relaxed",
-                )  # fmt: skip
+            for first in range(0, tiles * TILE_BLOCKS, CHUNK):
+                block = first + tl.arange(0, CHUNK)
+                kept = block < tl.minimum(tiles * TILE_BLOCKS, num_blocks)
+                for of_tile in range(tl.minimum(TILE_ROWS, num_rows - group * TILE_ROWS)):
+                    start = of_tile * (ROWS // TILE_ROWS)
+                    score = _best_share(scratch, normalisers, start, block, kept, width, ROWS // TILE_ROWS, CHUNK)
+                    to_row = out + (group * TILE_ROWS + of_tile).to(tl.int64) * o_row
+                    tl.atomic_max(to_row + block, score, mask=kept, sem="relaxed")
             tl.debug_barrier()
 
 
@@ -518,9 +519,10 @@ def peak_scores(
     programs = min(groups * (heads // tile_heads) * batch, processors * launch.per_processor)
     width = -(-keys.shape[2] * tile_blocks // CHUNK) * CHUNK
     scratch = torch.empty(programs, lanes, width, dtype=torch.float16, device=codes.device)
+    normalisers = torch.empty(programs, lanes, dtype=torch.float32, device=codes.device)
     scores = torch.zeros(batch, kv_heads if per_kv_head else 1, rows, blocks, dtype=torch.float32, device=codes.device)
     _peaks[(programs,)](
-        *queries, keys, scales, scratch, scores, length, *scales.stride()[:2], *scores.stride()[:3],
+        *queries, keys, scales, scratch, normalisers, scores, length, *scales.stride()[:2], *scores.stride()[:3],
         batch, rows, heads, groups, blocks, keys.shape[2], width, scale * LOG2_E,
         GROUP=group, TILE_HEADS=tile_heads, KEPT=kept, TILE_ROWS=tile_rows, ROWS=lanes, TILE_BLOCKS=tile_blocks,
         PER_BLOCK=per_block, KEY_SUB=key_sub_block, COLUMNS=columns, CHUNK=CHUNK, PER_HEAD=per_kv_head,

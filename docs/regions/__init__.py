@@ -1,0 +1,1 @@
+"""What fills the generated regions of the pages: one function each."""
