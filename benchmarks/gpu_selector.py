@@ -24,13 +24,13 @@ import torch
 import triton
 
 from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
-from sketch_walk.attention import note_last_tokens
 from sketch_walk.bench import measure
 from sketch_walk.bench.record import code_digest, resumed
 from sketch_walk.bench.timing import capture
 from sketch_walk.kernels import triton_peaks, triton_sketch
 from sketch_walk.kernels.triton_peaks import PeakLaunch, StepLaunch
 from sketch_walk.layout import Layout, make_layout
+from sketch_walk.memory import look_back
 from sketch_walk.scoring import absorb_keys, call_scores, step_selection
 from sketch_walk.selection import row_counts, select_blocks
 from sketch_walk.sketch import CLIP, KEY_LEVELS, rotation
@@ -149,13 +149,13 @@ def prefill(tokens: int, block: int, repeats: int) -> Part:
     stages.add("call_scores", partial(call_scores, state, query, layout, SCALE))
     stages.add("select", _checked_select(exact, layout, config))
     assert state.memory is not None
-    look = partial(note_last_tokens, state.memory, query, key, None, layout, SCALE, config)
+    state.keep_queries(query, layout)
+    look = partial(look_back, state, key, layout.length, layout, SCALE, config)
     look()
     found = state.memory.clone()
-    state.memory.zero_()
     look(impl="reference")
     assert (state.memory - found).abs().max().item() < 1e-3
-    stages.add("last_tokens", look)
+    stages.add("look_back", look)
     return {"ms": stages.ms, "host_paced": stages.host_paced}
 
 

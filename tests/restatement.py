@@ -383,17 +383,13 @@ def shares(query: Tensor, key: Tensor, chosen: Tensor, config: SketchWalkConfig)
     return found
 
 
-def last_shares(query: Tensor, key: Tensor, chosen: Tensor, start: int, stop: int, config: SketchWalkConfig) -> Tensor:
-    """What a call from `start` to `stop` leaves to the memory: shares of its last sixteen tokens, less with every token
-    behind them. A call of several tokens that makes up a quarter of the sequence looks at every block, another at those
-    that its last row chose (selections, rows, blocks).
+def look_back(query: Tensor, key: Tensor, stop: int, selections: int, config: SketchWalkConfig) -> Tensor:
+    """What a prompt of `stop` tokens leaves to the step after it: shares of its last sixteen tokens among all blocks up
+    to their own, less with every token behind them.
     """
-    looked = chosen[:, -1]
-    if stop - start > 1 and 4 * (stop - start) >= stop:
-        looked = torch.ones_like(looked)
-    left = torch.zeros(looked.shape, dtype=torch.float64)
-    for position in range(max(start, stop - 16), stop):
-        found = shares(query[:, position], key[:, : position + 1], looked, config)
+    left = torch.zeros(selections, -(-stop // config.block_size), dtype=torch.float64)
+    for position in range(max(0, stop - 16), stop):
+        found = shares(query[:, position], key[:, : position + 1], torch.ones_like(left, dtype=torch.bool), config)
         left = torch.maximum(left, found * config.step_memory ** (stop - 1 - position))
     return left
 

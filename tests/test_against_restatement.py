@@ -485,6 +485,7 @@ def test_call_on_top_of_earlier_calls(case: Case) -> None:
     cuts = [0, tokens // 2 - 3, tokens - 3, tokens - 2, tokens - 1, tokens]
     states = [LayerSketch(config) for _ in stack]
     memories = [[torch.zeros(1, 0, dtype=torch.float64) for _ in stack] for _ in range(batch)]
+    steps_from = cuts[2]
     for start, stop in itertools.pairwise(cuts):
         walk = None
         results = []
@@ -497,6 +498,9 @@ def test_call_on_top_of_earlier_calls(case: Case) -> None:
             sketches = stored_sketches(states, sequence, stop, case.shape[4])
             settle = Settle(stack, sequence, stop, config)
             remembers = restatement.has_memory(config)
+            if remembers and start == steps_from:
+                selections = results[0].selection.per_head().indices.shape[1]
+                memories[sequence] = [restatement.look_back(*pair, start, selections, config) for pair in pairs]
             memories[sequence] = [held * config.step_memory ** (stop - start) for held in memories[sequence]]
             calls = restatement.run_call(
                 pairs, config, start, stop, sketches=sketches, settle=settle,
@@ -520,12 +524,13 @@ def test_call_on_top_of_earlier_calls(case: Case) -> None:
                 indices = results[layer].selection.per_head().indices[sequence]
                 chosen = block_mask(indices, call.walk.shape[-1])
                 assert_same_selection(chosen, call, config, budget)
-                if remembers:
+                if remembers and start >= steps_from:
+                    query, key = pairs[layer]
+                    found = restatement.shares(query[:, stop - 1], key[:, :stop], chosen[:, -1], config)
                     held = memories[sequence][layer]
-                    memory = torch.zeros(len(chosen), chosen.shape[2], dtype=torch.float64)
-                    memory[:, : held.shape[1]] = held
-                    found = restatement.last_shares(*pairs[layer], chosen, start, stop, config)
-                    memories[sequence][layer] = torch.maximum(found, memory)
+                    older = torch.zeros_like(found)
+                    older[:, : held.shape[1]] = held
+                    memories[sequence][layer] = torch.maximum(found, older)
 
 
 @pytest.mark.parametrize("head_mode", ["shared", "per_kv_head", "mean"])

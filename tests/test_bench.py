@@ -355,14 +355,13 @@ def test_comparison_keeps_graphs_and_sizes_apart() -> None:
 def test_stages_are_those_of_the_layer() -> None:
     rows = run_stages(replace(SMALL, densities=(0.2,), repeats=3))
     assert [row.phase for row in rows] == ["prefill", "decode"]
+    names = ["sketch keys", "scores", "select", "attend"]
     for row in rows:
-        # A prompt leaves what its last tokens found to the steps after it.
-        names = ["sketch keys", "scores", "select", "attend", *(["last tokens"] if row.phase == "prefill" else [])]
         assert row.reason is None
         assert row.stages is not None
         assert row.layer is not None
         assert list(row.stages) == names
-        assert row.selector_ms == pytest.approx(sum(row.stages[name].median_ms for name in names if name != "attend"))
+        assert row.selector_ms == pytest.approx(sum(row.stages[name].median_ms for name in names[:-1]))
         assert row.selector_share == row.layer.median_ms / row.stages["attend"].median_ms - 1
         assert set(row.to_dict()["stages_ms"]) == set(names)
     assert rows[0].block_density == pytest.approx(34 / 55)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.memory import fade, recall
-from sketch_walk.selection import BlockSelection
 from sketch_walk.state import LayerSketch
 
 CONFIG = SketchWalkConfig(block_size=16, top_k_blocks=4, query_sub_block=4, key_sub_block=4, dense_below=0)
@@ -34,9 +34,11 @@ def step(
     return sketch_walk_attention(q[:, :, end - 1 : end], k[:, :, :end], v[:, :, :end], config, state=state, impl=impl)
 
 
-def prompt(q: Tensor, k: Tensor, v: Tensor, end: int, config: SketchWalkConfig) -> LayerSketch:
+def prompt(q: Tensor, k: Tensor, v: Tensor, end: int, config: SketchWalkConfig, *, leaves: bool = True) -> LayerSketch:
+    """State after the first `end` tokens, with or without what the next step looks back with."""
     state = LayerSketch(config)
     sketch_walk_attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], config, state=state, impl="reference")
+    state.unseen = state.unseen and leaves
     return state
 
 
@@ -51,9 +53,8 @@ def true_shares(q: Tensor, k: Tensor, end: int, blocks: Tensor) -> Tensor:
 
 def test_a_step_notes_the_true_shares_of_what_it_read() -> None:
     q, k, v = tensors(200)
-    state = prompt(q, k, v, 190, CONFIG)
+    state = prompt(q, k, v, 190, CONFIG, leaves=False)
     assert state.memory is not None
-    state.memory.zero_()
     result = step(state, q, k, v, 191, CONFIG)
     read = result.selection.indices[0, 0].long()
     torch.testing.assert_close(state.memory[0, 0, read], true_shares(q, k, 191, read))
@@ -64,7 +65,7 @@ def test_a_step_notes_the_true_shares_of_what_it_read() -> None:
 
 def test_what_was_useful_is_read_again_and_fades() -> None:
     q, k, v = tensors(200)
-    found, missed = prompt(q, k, v, 190, CONFIG), prompt(q, k, v, 190, replace(CONFIG, step_memory=0.0))
+    found, missed = prompt(q, k, v, 190, CONFIG, leaves=False), prompt(q, k, v, 190, replace(CONFIG, step_memory=0.0))
     assert missed.memory is None
     unread = [b for b in range(12) if b not in step(missed, q, k, v, 191, CONFIG).selection.indices[0, 0].tolist()]
     assert found.memory is not None
@@ -104,76 +105,97 @@ def test_a_sequence_without_a_new_token_remembers_as_before() -> None:
     torch.testing.assert_close(memory[1], before[1])
 
 
-def as_if_steps(q: Tensor, k: Tensor, past: int, end: int, selection: BlockSelection) -> Tensor:
-    """What the last tokens of a call from `past` to `end` leave, one by one, each over every block up to its own, or,
-    after a call that is a small part of the sequence, over the blocks of the last row.
-    """
+def as_if_steps(q: Tensor, k: Tensor, end: int, tokens: int = 16) -> Tensor:
+    """What the last tokens before `end` would have left as steps, each over every block up to its own."""
     memory = torch.zeros(-(-end // 16), device=k.device)
-    row = selection.indices[0, (end - 1) // 16 - past // 16].long()
-    for position in range(max(past, end - 16), end):
-        read = torch.arange(position // 16 + 1, device=k.device) if 4 * (end - past) >= end else row[row >= 0]
+    for position in range(max(0, end - tokens), end):
+        read = torch.arange(position // 16 + 1, device=k.device)
         memory *= 0.9
         memory[read] = torch.maximum(memory[read], true_shares(q, k, position + 1, read))
     return memory
 
 
-@pytest.mark.parametrize("end", [176, 181, 190])
-def test_a_prompt_leaves_the_shares_of_its_last_tokens(end: int) -> None:
-    """As steps would have that read every block; a short call after it, as steps over the blocks of its last row."""
+def with_shares(memory: Tensor, q: Tensor, k: Tensor, end: int, result: SketchWalkOutput) -> Tensor:
+    """The memory after a step that leaves shares of the blocks it read."""
+    read = result.selection.indices[0, 0].long()
+    after = torch.zeros(-(-end // 16), device=k.device)
+    after[: len(memory)] = memory * 0.9
+    after[read] = torch.maximum(after[read], true_shares(q, k, end, read))
+    return after
+
+
+@pytest.mark.parametrize("end", [9, 176, 181, 190])
+@pytest.mark.parametrize("capacity", [None, 200])
+@pytest.mark.parametrize("chunks", [[], [16], [160, 170, 173]])
+def test_a_step_looks_back_over_every_block(end: int, capacity: int | None, chunks: list[int]) -> None:
+    """With the last tokens of what came before it, in however many calls; where capacity is fixed, each call does."""
     q, k, v = tensors(200)
-    state = LayerSketch(CONFIG)
-    result = sketch_walk_attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], CONFIG, state=state, impl="reference")
+    state = LayerSketch(CONFIG, capacity)
+    cuts = [0, *(cut for cut in chunks if cut < end), end]
+    for start, stop in itertools.pairwise(cuts):
+        now = (q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop])
+        sketch_walk_attention(*now, CONFIG, state=state, impl="reference")
     assert state.memory is not None
-    expected = as_if_steps(q, k, 0, end, result.selection)
-    assert (expected > 0).all()
+    expected = as_if_steps(q, k, end)
+    if capacity:
+        torch.testing.assert_close(state.memory[0, 0, : len(expected)], expected)
+    else:
+        assert not state.memory.any()
+    if end < 16 and not capacity:
+        expected = torch.zeros_like(expected)
+    result = step(state, q, k, v, end + 1, CONFIG)
+    expected = with_shares(expected, q, k, end + 1, result)
     torch.testing.assert_close(state.memory[0, 0, : len(expected)], expected)
-    assert not state.memory[0, 0, len(expected) :].any()
-    before = state.memory[0, 0].clone()
-    result = sketch_walk_attention(
-        q[:, :, end : end + 5], k[:, :, : end + 5], v[:, :, : end + 5], CONFIG, state=state, impl="reference"
-    )
-    noted = as_if_steps(q, k, end, end + 5, result.selection)
-    assert (noted == 0).any()
-    torch.testing.assert_close(state.memory[0, 0, : len(noted)], torch.maximum(before[: len(noted)] * 0.9**5, noted))
+    result = step(state, q, k, v, end + 2, CONFIG)
+    expected = with_shares(expected, q, k, end + 2, result)
+    torch.testing.assert_close(state.memory[0, 0, : len(expected)], expected)
 
 
-def test_sequences_of_a_batch_look_around_each_by_itself() -> None:
-    """A call that is a quarter of one sequence and less of another: alone each leaves the same."""
+def test_a_few_tokens_between_steps_look_back_once_in_sixteen() -> None:
+    """What was noted stays, and fades: tokens that were steps have kept no query."""
+    q, k, v = tensors(200)
+    state = prompt(q, k, v, 100, CONFIG)
+    memory = with_shares(as_if_steps(q, k, 100), q, k, 101, step(state, q, k, v, 101, CONFIG))
+    sketch_walk_attention(q[:, :, 101:105], k[:, :, :105], v[:, :, :105], CONFIG, state=state, impl="reference")
+    memory = with_shares(memory * 0.9**4, q, k, 106, step(state, q, k, v, 106, CONFIG))
+    assert state.memory is not None
+    torch.testing.assert_close(state.memory[0, 0, :7], memory)
+    sketch_walk_attention(q[:, :, 106:117], k[:, :, :117], v[:, :, :117], CONFIG, state=state, impl="reference")
+    older = torch.zeros(8, device=DEVICE)
+    older[:7] = memory * 0.9**11
+    # Of its sixteen tokens one was a step, and four came before it.
+    noted = torch.maximum(as_if_steps(q, k, 117, 11), older)
+    early = as_if_steps(q, k, 105, 4) * 0.9**12
+    noted[: len(early)] = torch.maximum(noted[: len(early)], early)
+    memory = with_shares(noted, q, k, 118, step(state, q, k, v, 118, CONFIG))
+    torch.testing.assert_close(state.memory[0, 0, :8], memory)
+
+
+def test_sequences_of_a_batch_look_back_each_by_itself() -> None:
+    """Padded on the left or on the right, each leaves what it leaves alone."""
     q, k, v = tensors(100, batch=2)
     valid = torch.ones(2, 100, dtype=torch.bool, device=DEVICE)
+    valid[0, 70:99] = False
     valid[1, :60] = False
-    both, state = LayerSketch(CONFIG), LayerSketch(CONFIG)
-    for first, last in ((0, 88), (88, 100)):
+    both = LayerSketch(CONFIG)
+    for first, last in ((0, 88), (88, 99), (99, 100)):
         layout = make_layout(2, last - first, last, q.device, valid=valid[:, :last])
-        new, seen = slice(first, last), slice(0, last)
-        sketch_walk_attention(
-            q[:, :, new], k[:, :, seen], v[:, :, seen], CONFIG, state=both, layout=layout, impl="reference"
-        )
-        new, seen = slice(max(first, 60), last), slice(60, last)
-        sketch_walk_attention(q[1:, :, new], k[1:, :, seen], v[1:, :, seen], CONFIG, state=state, impl="reference")
+        now = (q[:, :, first:last], k[:, :, :last], v[:, :, :last])
+        sketch_walk_attention(*now, CONFIG, state=both, layout=layout, impl="reference")
     assert both.memory is not None
-    assert state.memory is not None
-    torch.testing.assert_close(both.memory[1, :, :3], state.memory[0, :, :3])
-    assert (both.memory[1, :, :3] > 0).all()
+    for sequence, blocks in ((0, 5), (1, 3)):
+        alone = [x[sequence : sequence + 1, :, valid[sequence]] for x in (q, k, v)]
+        tokens = alone[0].shape[2]
+        state = prompt(*alone, tokens - 1, CONFIG)
+        step(state, *alone, tokens, CONFIG)
+        assert state.memory is not None
+        torch.testing.assert_close(both.memory[sequence, :, :blocks], state.memory[0, :, :blocks])
+        assert (both.memory[sequence, :, :blocks] > 0).all()
 
 
-def test_a_dense_tail_leaves_the_shares_of_every_block() -> None:
-    q, k, v = tensors(200)
-    config = replace(CONFIG, dense_tail_blocks=1)
-    state = prompt(q, k, v, 190, config)
-    assert state.memory is not None
-    state.memory.zero_()
-    result = sketch_walk_attention(
-        q[:, :, 190:195], k[:, :, :195], v[:, :, :195], config, state=state, impl="reference"
-    )
-    expected = as_if_steps(q, k, 190, 195, result.selection)
-    assert (expected > 0).all()
-    torch.testing.assert_close(state.memory[0, 0, : len(expected)], expected)
-
-
-def test_a_call_without_a_lasting_state_notes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_without_a_lasting_state_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors(100)
-    monkeypatch.setattr("sketch_walk.attention.note_last_tokens", lambda *_: pytest.fail("nobody reads it"))
+    monkeypatch.setattr("sketch_walk.attention.leave", lambda *_: pytest.fail("nobody reads it"))
     sketch_walk_attention(q, k, v, CONFIG, impl="reference")
 
 
@@ -184,7 +206,8 @@ def test_prompts_through_kernels_note_the_same(head_mode: str) -> None:
     q, k, v = tensors(130, batch=2)
     states = [LayerSketch(config), LayerSketch(config)]
     for state, impl in zip(states, ("reference", "triton"), strict=True):
-        sketch_walk_attention(q, k, v, config, state=state, impl=impl)
+        sketch_walk_attention(q[:, :, :129], k[:, :, :129], v[:, :, :129], config, state=state, impl=impl)
+        sketch_walk_attention(q[:, :, 129:], k, v, config, state=state, impl=impl)
     expected, found = (state.memory for state in states)
     assert expected is not None
     assert found is not None

@@ -27,7 +27,7 @@ ALLOWED = {
     "walk": {"config", "layout"},
     "selection": {"config", "layout"},
     "state": {"config", "layout"},
-    "memory": {"config", "layout"},
+    "memory": {"config", "layout", "state", "kernels"},
     "kernels": {"config", "layout", "extras"},
     "masks": {"config", "layout", "kernels", "state"},
     "scoring": {"config", "layout", "kernels", "sketch", "walk", "state"},

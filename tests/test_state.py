@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from sketch_walk import HadamardTransform, SketchState, SketchWalkAttention, Ske
 from sketch_walk.layout import make_layout
 from sketch_walk.scoring import absorb_call, absorb_keys
 from sketch_walk.sketch import Sketch, quantise_keys
-from sketch_walk.state import ROLLBACK, LayerSketch, packed_size
+from sketch_walk.state import LAST_TOKENS, ROLLBACK, LayerSketch, packed_size
 from sketch_walk.walk import transition_rows
 from tensors import qkv
 
@@ -29,7 +28,7 @@ def fed(tokens: int, config: SketchWalkConfig = CONFIG, capacity: int | None = N
 
 
 def buffers(sketch: LayerSketch) -> dict[str, Tensor | None]:
-    return {name: getattr(sketch, name) for name in ("codes", "scales", "memory", "rows", "ring", "ring_start")}
+    return {name: getattr(sketch, name) for name in ("codes", "scales", "memory", "rows", "ring", "ring_ranks")}
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 7])
@@ -146,12 +145,15 @@ def test_an_open_block_is_sketched_again_from_all_its_keys() -> None:
             assert (mine == fresh).all()
 
 
-def test_no_walk_keeps_no_rows_and_no_queries() -> None:
+def test_no_walk_keeps_no_rows_and_the_queries_of_a_few_tokens() -> None:
     sketch = fed(50, replace(CONFIG, walk="none"))
     assert sketch.rows is None
-    assert sketch.ring is None
-    assert sketch.nbytes()["rows"] == sketch.nbytes()["queries"] == 0
-    assert sketch.nbytes()["keys"] > 0
+    assert sketch.nbytes()["rows"] == 0
+    assert sketch.ring is not None
+    assert sketch.ring.shape == (2, 4, LAST_TOKENS + 1, 32)
+    sketch.looked(50)
+    assert sketch.nbytes()["queries"] == 0
+    assert fed(50, replace(CONFIG, walk="none", step_memory=0.0)).nbytes()["queries"] == 0
 
 
 def test_sixteen_bits_keep_the_models_dtype() -> None:
@@ -174,7 +176,7 @@ def test_nbytes_counts_every_buffer() -> None:
     sketch = fed(50)
     held = sum(t.untyped_storage().nbytes() for t in buffers(sketch).values() if t is not None)
     assert sum(sketch.nbytes().values()) == held
-    sketch.defer(torch.zeros(2, 4, 7, 32))
+    sketch.defer(torch.zeros(2, 4, 7, 32), 7)
     assert sketch.nbytes()["queries"] == fed(50).nbytes()["queries"] + 2 * 4 * 7 * 32 * 4
     state = SketchState(CONFIG)
     state.layers = {0: fed(50), 3: fed(90)}
@@ -280,15 +282,15 @@ def test_crop_forgets_deferred_queries_first() -> None:
     sketch = LayerSketch(CONFIG)
     sketch.tokens = 10
     queries = torch.arange(12.0).view(1, 1, 12, 1)
-    sketch.defer(queries[:, :, :5])
-    sketch.defer(queries[:, :, 5:])
+    sketch.defer(queries[:, :, :5], 15)
+    sketch.defer(queries[:, :, 5:], 22)
     sketch.crop(18)
     assert sketch.pending_tokens == 8
     assert sketch.tokens == 10
     taken = sketch.take_pending(18)
     assert taken is not None
     assert taken.flatten().tolist() == list(range(8))
-    sketch.defer(queries)
+    sketch.defer(queries, 22)
     sketch.crop(9)
     assert sketch.pending_tokens == 0
     assert sketch.tokens == 9
@@ -296,10 +298,10 @@ def test_crop_forgets_deferred_queries_first() -> None:
 
 def test_pending_is_taken_whole_or_not_at_all() -> None:
     sketch = LayerSketch(CONFIG)
-    sketch.defer(torch.zeros(1, 1, 4, 2))
+    sketch.defer(torch.zeros(1, 1, 4, 2), 4)
     assert sketch.take_pending(5) is None
     assert sketch.pending_tokens == 0
-    sketch.defer(torch.zeros(1, 1, 4, 2, requires_grad=True))
+    sketch.defer(torch.zeros(1, 1, 4, 2, requires_grad=True), 4)
     taken = sketch.take_pending(3)
     assert taken is not None
     assert taken.shape[2] == 3
@@ -310,40 +312,63 @@ def test_pending_is_taken_whole_or_not_at_all() -> None:
 def test_deferred_queries_follow_reorder_and_repeat() -> None:
     queries = torch.arange(2.0).view(2, 1, 1, 1)
     unfed = LayerSketch(CONFIG)
-    unfed.defer(queries)
+    unfed.defer(queries, 1)
     unfed.repeat(2)
     assert unfed.pending[0].flatten().tolist() == [0, 0, 1, 1]
     unfed.reorder(torch.tensor([3, 0]))
     assert unfed.pending[0].flatten().tolist() == [1, 0]
     sketch = fed(20)
-    sketch.defer(queries)
+    sketch.defer(queries, 21)
     sketch.repeat(2)
     assert sketch.pending[0].flatten().tolist() == [0, 0, 1, 1]
     assert sketch.codes is not None
     assert sketch.codes.shape[0] == 4
 
 
-def test_last_queries_of_a_dense_call_follow_the_cache() -> None:
-    queries = torch.arange(2.0).view(2, 1, 1, 1)
-    sketch = LayerSketch(CONFIG)
-    sketch.keep_last(queries.requires_grad_(), 20)
-    sketch.repeat(2)
-    sketch.reorder(torch.tensor([3, 0]))
-    assert sketch.nbytes()["queries"] == 8
-    sketch.crop(20)
-    taken = sketch.take_last(20)
+def test_without_a_walk_the_last_queries_are_deferred() -> None:
+    """Of calls that follow each other, in as many parts as they came, and until they are cropped."""
+    sketch = LayerSketch(SketchWalkConfig(block_size=SIZE))
+    queries = torch.arange(40.0).view(1, 1, 40, 1).requires_grad_()
+    sketch.defer(queries[:, :, :25], 25)
+    sketch.defer(queries[:, :, 25:30], 30)
+    assert sketch.pending_tokens == LAST_TOKENS
+    sketch.crop(28)
+    taken = sketch.take_pending(28)
     assert taken is not None
-    assert taken.flatten().tolist() == [1, 0]
+    assert taken.flatten().tolist() == list(range(14, 28))
     assert not taken.requires_grad
-    assert sketch.take_last(20) is None
+    assert sketch.take_pending(28) is None
+    sketch.defer(queries[:, :, :4], 4)
+    sketch.defer(queries[:, :, 10:12], 12)
+    assert sketch.pending_tokens == 2
+    assert sketch.take_pending(13) is None
 
 
-@pytest.mark.parametrize("forget", [lambda s: s.crop(19), LayerSketch.reset, lambda s: s.take_last(21)])
-def test_last_queries_of_a_dense_call_go_with_its_tokens(forget: Callable[[LayerSketch], object]) -> None:
-    sketch = LayerSketch(CONFIG)
-    sketch.keep_last(torch.zeros(1, 1, 2, 4), 20)
-    forget(sketch)
-    assert sketch.take_last(20) is None
+def test_queries_of_cropped_tokens_are_dropped_from_the_ring() -> None:
+    """Also when steps, which keep none, take their ranks."""
+    query, key, value = qkv(1, 4, 2, 70, 32)
+    config = SketchWalkConfig(block_size=SIZE, top_k_blocks=2)
+    sketch = LayerSketch(config)
+    rank = torch.arange(70).expand(1, -1)
+
+    def call(start: int, stop: int) -> None:
+        sketch.crop(start)
+        now = (query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop])
+        sketch_walk_attention(*now, config, state=sketch)
+        sketch.tokens = stop
+
+    def kept() -> list[int]:
+        return sketch.read_queries(rank)[1].nonzero()[:, 1].tolist()
+
+    call(0, 60)
+    assert kept() == list(range(44, 60))
+    call(60, 61)
+    assert sketch.ring is None
+    call(61, 66)
+    call(63, 64)
+    assert kept() == [61, 62]
+    call(64, 67)
+    assert kept() == [61, 62, 64, 65, 66]
 
 
 def test_reorder_moves_every_buffer() -> None:
@@ -365,7 +390,7 @@ def test_repeat_of_nothing_is_nothing() -> None:
 def test_reset_empties() -> None:
     sketch = fed(50)
     sketch.tokens = 50
-    sketch.defer(torch.zeros(2, 4, 1, 32))
+    sketch.defer(torch.zeros(2, 4, 1, 32), 1)
     sketch.reset()
     assert sketch.tokens == sketch.num_blocks == sketch.pending_tokens == 0
     assert all(t is None for t in buffers(sketch).values())
@@ -401,8 +426,9 @@ def test_a_dense_call_leaves_what_a_sparse_one_does() -> None:
         # The spare slot takes the writes of padding: whatever came last.
         assert (getattr(dense, name)[:, :, :-1] == getattr(sparse, name)[:, :, :-1]).all(), name
     assert (dense.read_rows(6) == sparse.read_rows(6)).all()
-    assert dense.ring_start is not None
-    assert (dense.ring_start == sparse.ring_start).all()
+    assert dense.ring_ranks is not None
+    assert sparse.ring_ranks is not None
+    assert (dense.ring_ranks[:, :-1] == sparse.ring_ranks[:, :-1]).all()
 
 
 def test_keys_alone_leave_identity_rows() -> None:

@@ -11,14 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.memory import LAST_TOKENS, LEAST_PART, fade, note, recall
-from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores, step_selection, step_with_triton
+from sketch_walk.memory import fade, leave, look_back, recall
+from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores, make_room, step_selection, step_with_triton
 from sketch_walk.selection import BlockSelection, row_counts, select_blocks
 from sketch_walk.state import LayerSketch, SketchState
 from sketch_walk.walk import transition_rows, walk_step
@@ -123,6 +122,9 @@ def sketch_walk_attention(
         usual = causal and bias is None and score_with is None
         remembers = usual and config.remembers
         plain = usual and config.mass is None and combine_scores is None
+        if remembers and num_queries == 1 and state.should_look(key.shape[2]):
+            make_room(state, key, layout, query)
+            look_back(state, key, layout.past, layout, scale, config, impl)
         if plain and step_with_triton(state.config, query, key, impl):
             rows, selection = one_step(state, query, key, layout, scale, config)
         else:
@@ -161,53 +163,10 @@ def sketch_walk_attention(
         memory=state.memory if remembers and num_queries == 1 else None,
         impl=impl,
     )
-    if remembers and lasting and num_queries > 1 and state.memory is not None and shared.counts.numel():
-        note_last_tokens(state.memory, query, key, shared, layout, scale, config, impl)
+    if remembers and lasting and num_queries > 1 and state.memory is not None and query.numel():
+        with torch.no_grad():
+            leave(state, query, key, layout, scale, config, impl)
     return SketchWalkOutput(output, selection, rows, used)
-
-
-@torch.no_grad()
-def note_last_tokens(
-    memory: Tensor,
-    query: Tensor,
-    key: Tensor,
-    selection: BlockSelection | None,
-    layout: Layout,
-    scale: float,
-    config: SketchWalkConfig,
-    impl: str = "auto",
-) -> None:
-    """What each sequence's last tokens of a call of several find counts as if they had been steps.
-
-    They read every block where the call is a good part of the sequence, or without a `selection` (a dense call), else
-    the blocks of the sequence's last row.
-    """
-    size = config.block_size
-    age = torch.arange(min(LAST_TOKENS, layout.num_queries), device=query.device)
-    rank = layout.length[:, None] - 1 - age
-    at = layout.query_positions(rank - layout.past[:, None])
-    queries = query.gather(2, at[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    indices, counts = _looked_at(selection, layout, size, memory.shape[1])
-    shares = kernels.token_shares(queries, key, indices, counts, rank, layout, block_size=size, scale=scale, impl=impl)
-    note(memory, shares, indices, torch.where(rank >= layout.past[:, None], age, -1), config)
-
-
-def _looked_at(selection: BlockSelection | None, layout: Layout, size: int, selections: int) -> BlockSelection:
-    """Blocks that each sequence's last tokens read: every one, or those of its last row."""
-    every = torch.arange(-(-layout.max_length // size), dtype=torch.int32, device=layout.length.device)
-    every = every.expand(len(layout.length), selections, -1)
-    count = (-(-layout.length // size)).to(torch.int32)[:, None].expand(-1, selections)
-    if selection is None:
-        return BlockSelection(every, count)
-    row = ((layout.length - 1) // size - layout.first_block(size)).clamp(0, selection.counts.shape[2] - 1)
-    row = row.view(-1, 1, 1).expand(-1, selections, 1)
-    table = selection.indices.gather(2, row[..., None].expand(-1, -1, -1, selection.indices.shape[3]))[:, :, 0]
-    read = selection.counts.gather(2, row)[:, :, 0]
-    if layout.bounds is not None and all(LEAST_PART * (n - p) < n for p, n in layout.bounds):
-        return BlockSelection(table, read)
-    look = (LEAST_PART * (layout.length - layout.past) >= layout.length)[:, None]
-    table = F.pad(table, (0, every.shape[2] - table.shape[2]), value=-1)
-    return BlockSelection(torch.where(look[..., None], every, table), torch.where(look, count, read))
 
 
 def one_step(

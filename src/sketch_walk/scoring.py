@@ -67,6 +67,8 @@ def make_room(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor) ->
         layout.max_length,
     )
     state.reserve(layout.max_length)
+    if state.cropped:
+        state.drop_queries(layout.past)
 
 
 def absorb_keys(state: LayerSketch, key: Tensor, layout: Layout, query: Tensor, impl: str = "auto") -> None:
@@ -246,7 +248,7 @@ def absorb_rows(
         row = _open_block_row(state, query, layout, rows.shape[3], scale, combine_scores)
         closes = (layout.past % size != 0) & ((first + 1) * size <= layout.length)
         state.write_rows(first[:, None], closes[:, None], row)
-    _keep_queries(state, query, layout)
+    state.keep_queries(query, layout)
 
 
 def _open_block_row(
@@ -281,16 +283,3 @@ def _open_block_row(
         config=config,
     )
     return transition_rows(scores if combine_scores is None else combine_scores(scores), config)
-
-
-def _keep_queries(state: LayerSketch, query: Tensor, layout: Layout) -> None:
-    """Put the call's last queries into the ring."""
-    config = state.config
-    kept = min(layout.num_queries, state.ring_size)
-    new = layout.length - layout.past
-    slot = torch.arange(kept, device=query.device) + (new - kept).clamp(min=0)[:, None]
-    real = slot < new[:, None]
-    queries = take_tokens(query, layout.query_positions(slot)[:, None, None])[:, 0]
-    if config.head_mode == "mean":
-        queries = queries.float().mean(1, keepdim=True)
-    state.write_queries(layout.past[:, None] + slot, real, queries)

@@ -1,11 +1,11 @@
 """What the selector remembers of a sequence between calls; it lives with the KV cache, one `LayerSketch` per layer.
 
-Kept per layer: sketches of the keys; what share of attention each block got in the last steps (`sketch_walk.memory`);
-and, only when a walk is on, the transition rows of complete blocks and the
-queries of the last tokens. Transition rows of a new block need the queries of the whole block, which no KV cache
-holds: the ring of recent queries covers the open block and `ROLLBACK` tokens more, so that a crop of up to that many
-tokens (speculative decoding) loses nothing. After a deeper crop into a block, that one row is made from the queries
-seen since.
+Kept per layer: sketches of the keys; what share of attention each block got in the last steps, and the queries of a
+prompt's last tokens, with which the first step looks back (`sketch_walk.memory`); or, with a walk, the transition rows
+of complete blocks and the queries of the last tokens. Transition rows of a new block need the queries of the whole
+block, which no KV cache holds: the ring of recent queries covers the open block and `ROLLBACK` tokens more, so that a
+crop of up to that many tokens (speculative decoding) loses nothing. After a deeper crop into a block, that one row is
+made from the queries seen since.
 
 Capacity grows with the sequence, in whole blocks; a state made with a fixed capacity never reallocates, which compiled
 graphs need. Buffers are made outside of inference mode, so that a prompt may be read in it and a step taken out of it.
@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 
 from sketch_walk.config import SketchWalkConfig
+from sketch_walk.layout import Layout, take_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, Shaped
 
 # Tokens that may be cropped and re-decoded without loss: above the 20 candidates that assisted decoding drafts.
 ROLLBACK = 32
+# Tokens at the end of a prompt that leave something to the memory of steps: what the sixteenth left fades to a fifth.
+LAST_TOKENS = 16
 
 
 def packed_size(num_blocks: int) -> int:
@@ -55,20 +58,25 @@ class LayerSketch:
         # Positions of the (padded) sequences that the state has taken in, on the host; with a fixed capacity the caller
         # keeps count.
         self.tokens = 0
+        # Queries of dense calls, and the position behind them.
         self.pending: list[Tensor] = []
-        # Queries of the last tokens of a dense call, and the position behind them.
-        self.last: tuple[Tensor, int] | None = None
+        self.pending_stop = 0
+        # Whether a call of several tokens came since steps looked back, and at which length they did.
+        self.unseen = False
+        self.looked_at = 0
+        # Whether the ring may hold queries of tokens that are no more.
+        self.cropped = False
         self.codes: Tensor | None = None
         self.scales: Tensor | None = None
         self.memory: Tensor | None = None
         self.rows: Tensor | None = None
         self.ring: Tensor | None = None
-        self.ring_start: Tensor | None = None
+        self.ring_ranks: Tensor | None = None
 
     @property
     def ring_size(self) -> int:
         """Recent tokens whose queries are kept."""
-        return self.config.block_size + ROLLBACK
+        return self.config.block_size + ROLLBACK if self.config.uses_walk else LAST_TOKENS
 
     @torch.inference_mode(False)
     def allocate(
@@ -104,10 +112,7 @@ class LayerSketch:
             self.memory = torch.zeros(batch, selections, blocks + 1, device=device)
         if config.uses_walk:
             self.rows = torch.zeros(batch, selections, 1, dtype=config.walk_state_dtype, device=device)
-            ring_dtype = torch.float32 if config.head_mode == "mean" else dtype
-            heads, dim = ring_shape
-            self.ring = torch.zeros(batch, heads, self.ring_size + 1, dim, dtype=ring_dtype, device=device)
-            self.ring_start = torch.zeros(batch, dtype=torch.int64, device=device)
+            self._make_ring(batch, *ring_shape, torch.float32 if self._averages_queries else dtype, device)
             self._grow_rows(blocks)
         self.num_blocks = blocks
 
@@ -185,49 +190,91 @@ class LayerSketch:
         dense = self.rows[..., torch.where(lower, at, 0).flatten()].unflatten(-1, (blocks, blocks))
         return torch.where(lower, dense, 0.0)
 
-    def write_queries(
-        self, rank: Int[Tensor, "batch n"], real: Bool[Tensor, "batch n"], queries: Shaped[Tensor, "batch heads n dim"]
-    ) -> None:
-        """Put the queries of tokens `rank` into the ring where `real`; `n` is at most the ring's size."""
+    @property
+    def _averages_queries(self) -> bool:
+        return self.config.uses_walk and self.config.head_mode == "mean"
+
+    @torch.inference_mode(False)
+    def _make_ring(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.ring = torch.zeros(batch, heads, self.ring_size + 1, dim, dtype=dtype, device=device)
+        self.ring_ranks = torch.full((batch, self.ring_size + 1), -1, dtype=torch.int64, device=device)
+
+    def keep_queries(self, query: Shaped[Tensor, "batch heads num_queries dim"], layout: Layout) -> None:
+        """Put a call's last queries into the ring."""
+        if self.ring is None:
+            batch, heads, _, dim = query.shape
+            self._make_ring(batch, heads, dim, query.dtype, query.device)
         assert self.ring is not None
-        assert self.ring_start is not None
+        assert self.ring_ranks is not None
+        kept = min(layout.num_queries, self.ring_size)
+        new = layout.length - layout.past
+        slot = torch.arange(kept, device=query.device) + (new - kept).clamp(min=0)[:, None]
+        real, rank = slot < new[:, None], layout.past[:, None] + slot
+        queries = take_tokens(query, layout.query_positions(slot)[:, None, None])[:, 0]
+        if self._averages_queries:
+            queries = queries.float().mean(1, keepdim=True)
         _scatter(self.ring, rank % self.ring_size, real, queries.to(self.ring.dtype))
-        newest = torch.where(real, rank, -1).amax(1)
-        self.ring_start.copy_(torch.maximum(self.ring_start, newest + 1 - self.ring_size))
+        at = torch.where(real, rank % self.ring_size, self.ring_size)
+        self.ring_ranks.scatter_(1, at, torch.where(real, rank, -1))
+
+    def drop_queries(self, ranks: Int[Tensor, " batch"]) -> None:
+        """After a crop, take each sequence's tokens from `ranks` on out of the ring."""
+        if self.ring_ranks is not None:
+            self.ring_ranks.masked_fill_(self.ring_ranks >= ranks[:, None], -1)
+        self.cropped = False
 
     def read_queries(
         self, rank: Int[Tensor, "batch n"]
     ) -> tuple[Shaped[Tensor, "batch heads n dim"], Bool[Tensor, "batch n"]]:
         """Queries of tokens `rank` and whether the ring still holds them."""
         assert self.ring is not None
-        assert self.ring_start is not None
-        slot = (rank % self.ring_size)[:, None, :, None].expand(-1, self.ring.shape[1], -1, self.ring.shape[3])
-        return self.ring.gather(2, slot), rank >= self.ring_start[:, None]
+        assert self.ring_ranks is not None
+        slot = rank % self.ring_size
+        kept = (self.ring_ranks.gather(1, slot) == rank) & (rank >= 0)
+        slot = slot[:, None, :, None].expand(-1, self.ring.shape[1], -1, self.ring.shape[3])
+        return self.ring.gather(2, slot), kept
 
-    def defer(self, queries: Shaped[Tensor, "batch heads n dim"]) -> None:
-        """Keep the queries of a call that ran dense; the next sparse call takes them in.
+    def should_look(self, tokens: int) -> bool:
+        """Whether a step at a length of `tokens` looks back: after calls of several tokens, once in sixteen."""
+        return self.unseen and tokens - self.looked_at >= LAST_TOKENS
+
+    def looked(self, tokens: int) -> None:
+        """Steps looked back at a length of `tokens`. A fixed capacity keeps the ring: each call of a prompt looks."""
+        self.unseen, self.looked_at = False, tokens
+        if self.capacity is None:
+            self.ring = self.ring_ranks = None
+
+    def defer(self, queries: Shaped[Tensor, "batch heads n dim"], stop: int) -> None:
+        """Keep the queries of a call that ran dense up to position `stop`, without a walk those of the last tokens; the
+        next sparse call takes them in.
 
         A copy: holding on to the model's own tensor would fragment the allocator's memory, and page faults then cost a
         prompt of 1,024 tokens 3 % of its time on a CPU (seen with 20 interleaved runs).
         """
+        if stop - queries.shape[2] != self.pending_stop:
+            self.pending = []
+        self.pending_stop = stop
+        if not self.config.uses_walk:
+            queries = torch.cat([*self.pending, queries[:, :, -LAST_TOKENS:]], 2)[:, :, -LAST_TOKENS:]
+            self.pending = []
         self.pending.append(queries.detach().clone(memory_format=torch.contiguous_format))
 
-    def take_pending(self, offset: int) -> Tensor | None:
-        """Deferred queries of positions `self.tokens` ... `offset - 1` if all of them are there; none stay behind."""
+    def take_pending(self, stop: int) -> Tensor | None:
+        """Deferred queries of positions `self.tokens` ... `stop - 1`, with a walk if all of them are there; none stay
+        behind.
+        """
+        self._crop_pending(stop)
         pending, self.pending = self.pending, []
-        missing = offset - self.tokens
-        if missing <= 0 or sum(queries.shape[2] for queries in pending) < missing:
+        missing, held = stop - self.tokens, sum(queries.shape[2] for queries in pending)
+        if missing <= 0 or not held or self.pending_stop != stop or (self.config.uses_walk and held < missing):
             return None
-        return torch.cat(pending, 2)[:, :, :missing]
+        return torch.cat(pending, 2)[:, :, -missing:]
 
-    def keep_last(self, queries: Shaped[Tensor, "batch heads n dim"], stop: int) -> None:
-        """Keep the queries of the last positions before `stop`, of a call that ran dense, for the memory of steps."""
-        self.last = queries.detach().clone(memory_format=torch.contiguous_format), stop
-
-    def take_last(self, stop: int) -> Tensor | None:
-        """What `keep_last` was given if nothing came after it before `stop`; it does not stay behind."""
-        last, self.last = self.last, None
-        return None if last is None or last[1] != stop else last[0]
+    def _crop_pending(self, stop: int) -> None:
+        if self.pending_stop > stop:
+            keep = self.pending_tokens - (self.pending_stop - stop)
+            self.pending = [torch.cat(self.pending, 2)[:, :, :keep]] if keep > 0 else []
+            self.pending_stop = stop
 
     @property
     def pending_tokens(self) -> int:
@@ -238,44 +285,43 @@ class LayerSketch:
         """Forget every position from `tokens` on (a cache crop). What the kept tokens left in the state stays."""
         if tokens < 0:
             raise ValueError(f"tokens must be at least 0, got {tokens}")
-        keep = max(0, tokens - self.tokens)
-        if keep < self.pending_tokens:
-            self.pending = [torch.cat(self.pending, 2)[:, :, :keep]] if keep else []
-        if tokens < self.tokens and self.memory is not None:
-            # Block by block: what was remembered of the block that is open again stays.
-            self.memory[:, :, -(-tokens // self.config.block_size) :] = 0
-        if self.last is not None and tokens < self.last[1]:
-            self.last = None
+        self._crop_pending(tokens)
+        if tokens < self.tokens:
+            self.cropped = True
+            if self.memory is not None:
+                # Block by block: what was remembered of the block that is open again stays.
+                self.memory[:, :, -(-tokens // self.config.block_size) :] = 0
+        self.looked_at = min(self.looked_at, tokens)
         self.tokens = min(self.tokens, tokens)
 
     @torch.inference_mode(False)
     def reorder(self, index: Int[Tensor, " new_batch"]) -> None:
         """Make sequence i of the new batch a copy of sequence ``index[i]`` (beam search)."""
-        for name in ("codes", "scales", "memory", "rows", "ring", "ring_start"):
+        for name in ("codes", "scales", "memory", "rows", "ring", "ring_ranks"):
             buffer = getattr(self, name)
             if buffer is not None:
                 setattr(self, name, buffer.index_select(0, index.to(buffer.device)))
         self.pending = [queries.index_select(0, index.to(queries.device)) for queries in self.pending]
-        if self.last is not None:
-            self.last = self.last[0].index_select(0, index.to(self.last[0].device)), self.last[1]
 
     def repeat(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times in place (sequence 0 first)."""
-        held = [x for x in (self.codes, *self.pending, self.last and self.last[0]) if x is not None]
+        held = [x for x in (self.codes, *self.pending) if x is not None]
         if held:
             self.reorder(torch.arange(held[0].shape[0], device=held[0].device).repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Forget everything; a fixed capacity keeps its buffers, at their addresses."""
         self.tokens = 0
-        self.pending, self.last = [], None
+        self.pending, self.pending_stop = [], 0
+        self.unseen, self.looked_at, self.cropped = False, 0, False
         if self.capacity is not None and self.codes is not None:
-            for buffer in (self.memory, self.ring_start):
-                if buffer is not None:
-                    buffer.zero_()
+            if self.memory is not None:
+                self.memory.zero_()
+            if self.ring_ranks is not None:
+                self.ring_ranks.fill_(-1)
             return
         self.num_blocks = 0
-        self.codes = self.scales = self.memory = self.rows = self.ring = self.ring_start = None
+        self.codes = self.scales = self.memory = self.rows = self.ring = self.ring_ranks = None
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by part: keys, memory of steps, rows, queries (ring and deferred)."""
@@ -283,7 +329,7 @@ class LayerSketch:
             "keys": _bytes((self.codes, self.scales)),
             "memory": _bytes((self.memory,)),
             "rows": _bytes((self.rows,)),
-            "queries": _bytes((self.ring, self.ring_start, *self.pending, self.last and self.last[0])),
+            "queries": _bytes((self.ring, self.ring_ranks, *self.pending)),
         }
         return size
 

@@ -49,7 +49,7 @@ from sketch_walk.bench.record import Row, compare
 from sketch_walk.bench.timing import NotCapturableError, capture, first_line, measure
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.memory import DENSE_FROM, LAST_TOKENS
+from sketch_walk.memory import DENSE_FROM
 from sketch_walk.selection import BlockSelection, block_density, pair_density
 from sketch_walk.state import LayerSketch
 
@@ -304,10 +304,8 @@ def _sparse_call(
 def _dense_path(case: Case, config: SketchWalkConfig) -> Tensor:
     """A call below the crossover: torch's dense attention, and the queries kept for a sparse call to come."""
     output = kernels.attend_dense(*case.inputs, case.layout, scale=case.scale)
-    if config.uses_walk:
-        LayerSketch(config).defer(case.inputs.query)
-    elif config.remembers and not case.decode and case.tokens >= DENSE_FROM:
-        LayerSketch(config).keep_last(case.inputs.query[:, :, -LAST_TOKENS:], case.tokens)
+    if config.uses_walk or (config.remembers and not case.decode and case.tokens >= DENSE_FROM):
+        LayerSketch(config).defer(case.inputs.query, case.tokens)
     return output
 
 
@@ -318,7 +316,7 @@ def layer_call(case: Case, config: SketchWalkConfig, impl: str) -> Callable[[], 
         state = filled_state(case.inputs.key, case.inputs.query, config, layout, fixed=True)
 
     def call(walk: Tensor | None = None) -> SketchWalkOutput:
-        # A prompt makes the state that steps need, and leaves in it what its last tokens found.
+        # A prompt makes the state that steps need.
         own = LayerSketch(config) if state is None else state
         return sketch_walk_attention(*case.inputs, config, state=own, walk=walk, layout=layout, impl=impl)
 

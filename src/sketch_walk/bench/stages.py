@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sketch_walk.attention import note_last_tokens, one_step, select
+from sketch_walk.attention import one_step, select
 from sketch_walk.bench.attention import AttentionOptions, Case, is_refusal, layer_call, make_case
 from sketch_walk.bench.checks import MismatchError, check_attend, check_layer, filled_state
 from sketch_walk.bench.inputs import attend_selection
@@ -127,9 +127,6 @@ def selector_stages(
         selection = stage("select", partial(select, walk, layout, config, impl=impl))
     attend = partial(attend_selection, case.inputs, selection.per_head(), layout, config, case.scale, impl)
     _, used = stage(ATTEND, attend)
-    if state.memory is not None and layout.num_queries > 1:
-        whole = (query, key, selection.per_head(), layout, case.scale, config, impl)
-        stage("last tokens", partial(note_last_tokens, state.memory, *whole))
     return stages, block_density(selection, index), used
 
 

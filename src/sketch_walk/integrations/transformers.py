@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from sketch_walk import kernels
-from sketch_walk.attention import ScoreFunction, SketchWalkOutput, note_last_tokens, sketch_walk_attention
+from sketch_walk.attention import ScoreFunction, SketchWalkOutput, sketch_walk_attention
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import require
 from sketch_walk.hadamard import sketch_matrix
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.memory import DENSE_FROM, LAST_TOKENS, fade
+from sketch_walk.memory import DENSE_FROM, fade, leave
 from sketch_walk.scoring import absorb_call, absorb_keys
 from sketch_walk.selection import block_density, pair_density, row_counts
+from sketch_walk.state import LAST_TOKENS
 
 require("transformers", "transformers")
 
@@ -507,37 +508,36 @@ def _take_in(
         return
     earlier, valid = key[:, :, :stop], None if valid is None else valid[:, :stop]
     layout = make_layout(key.shape[0], missing, stop, key.device, valid=valid)
-    if pending is None:
+    if pending is None or not sketch.config.uses_walk:
         absorb_keys(sketch, earlier, layout, query)
     else:
         absorb_call(sketch, pending, earlier, layout, scale, impl=impl)
     sketch.tokens = stop
-    last = sketch.take_last(stop)
     if sketch.memory is not None:
         fade(sketch.memory, layout, sketch.config)
-        if last is not None:
-            layout = make_layout(key.shape[0], last.shape[2], stop, key.device, valid=valid)
-            note_last_tokens(sketch.memory, last, earlier, None, layout, scale, sketch.config, impl)
+        if pending is not None and stop >= DENSE_FROM:
+            layout = make_layout(key.shape[0], pending.shape[2], stop, key.device, valid=valid)
+            leave(sketch, pending, earlier, layout, scale, sketch.config, impl)
 
 
 def _remember_dense_call(
     layer: SketchLayer, query: Tensor, key: Tensor, layout: Layout, valid: Tensor | None, scale: float, impl: str
 ) -> None:
     """A dense call leaves the same state as a sparse one, at once or when a sparse call needs it."""
-    sketch = layer.sketch
-    long = query.shape[2] > 1 and key.shape[2] >= DENSE_FROM
+    sketch, several, stop = layer.sketch, query.shape[2] > 1, key.shape[2]
     if isinstance(layer, SketchStaticLayer):
         absorb_call(sketch, query, key, layout, scale, impl=impl)
-        if sketch.memory is not None and long:
+        if sketch.memory is not None:
             fade(sketch.memory, layout, sketch.config)
-            note_last_tokens(sketch.memory, query, key, None, layout, scale, sketch.config, impl)
-    elif sketch.config.remembers and long:
-        sketch.keep_last(query[:, :, -LAST_TOKENS:], key.shape[2])
+            if several and stop >= DENSE_FROM:
+                leave(sketch, query, key, layout, scale, sketch.config, impl)
+    elif sketch.config.remembers and several and stop > DENSE_FROM - LAST_TOKENS:
+        sketch.defer(query, stop)
     elif sketch.config.uses_walk:
-        sketch.crop(key.shape[2] - query.shape[2])
-        sketch.defer(query)
+        sketch.crop(stop - query.shape[2])
+        sketch.defer(query, stop)
         if sketch.pending_tokens > MAX_PENDING:
-            _take_in(layer, key.shape[2], query, key, valid, scale, impl)
+            _take_in(layer, stop, query, key, valid, scale, impl)
 
 
 def _record_dense(handle: SketchWalkHandle, layer_idx: int, reason: str, query: Tensor, key: Tensor) -> None:

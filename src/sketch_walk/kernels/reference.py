@@ -159,16 +159,26 @@ def token_shares(
     within = torch.arange(block_size, device=query.device)
     selected = torch.arange(blocks, device=query.device) < counts[..., None]
     shares = query.new_empty(*query.shape[:3], blocks, dtype=torch.float32)
-    # One head's keys at a time: gathered keys and logits of all could be as large as the cache.
+    # One head's keys at a time in a few runs, and some of the tokens: keys and logits of all could be as large as the
+    # cache.
+    some = max(1, slice_bytes(query, key) // (16 * max(1, len(query) * group * blocks * block_size)))
+    run = max(block_size, -(-blocks * block_size // 4))
     for head in range(key.shape[1]):
         own = head if indices.shape[1] > 1 else 0
         key_rank = (indices[:, own, :, None].long() * block_size + within).flatten(1)
         held = selected[:, own].repeat_interleave(block_size, 1) & (key_rank < layout.length[:, None])
-        keys = take_tokens(key[:, head : head + 1], layout.key_positions(key_rank)[:, None, None])[:, 0]
-        logits = (query[:, head * group : (head + 1) * group] @ keys.mT).float() * scale
-        visible = (held[:, None] & (key_rank[:, None] <= ranks[..., None]))[:, None]
-        weights = logits.masked_fill_(~visible, -math.inf).softmax(-1).nan_to_num_(0.0)
-        shares[:, head * group : (head + 1) * group] = weights.unflatten(-1, (-1, block_size)).sum(-1)
+        positions = layout.key_positions(key_rank)[:, None, None]
+        keys = key[:, head : head + 1]
+        heads = slice(head * group, (head + 1) * group)
+        for first in range(0, query.shape[2], some):
+            tokens = slice(first, first + some)
+            runs = [
+                query[:, heads, tokens] @ take_tokens(keys, some_keys)[:, 0].mT for some_keys in positions.split(run, 3)
+            ]
+            logits = torch.cat(runs, 3).float() * scale
+            visible = (held[:, None] & (key_rank[:, None] <= ranks[:, tokens, None]))[:, None]
+            weights = logits.masked_fill_(~visible, -math.inf).softmax(-1).nan_to_num_(0.0)
+            shares[:, heads, tokens] = weights.unflatten(-1, (-1, block_size)).sum(-1)
     return shares
 
 
