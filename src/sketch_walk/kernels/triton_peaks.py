@@ -107,11 +107,11 @@ def _outlines(packed, ASM: tl.constexpr):
 
 @triton.jit
 def _unpack(
-    codes, scales, output, steps, c_batch, c_head, c_block, s_batch, s_head, num_blocks, num_tiles,
+    codes, scales, output, c_batch, c_head, c_block, s_batch, s_head, num_blocks, num_tiles,
     TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """int8 codes of a tile of blocks, sub-key s of block j in row s * TILE_BLOCKS + j, and steps: 0 past the end."""
+    """int8 codes of a tile of blocks, sub-key s of block j in row s * TILE_BLOCKS + j; blocks past the last are 0."""
     tile, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
     block = tile * TILE_BLOCKS + row % TILE_BLOCKS
@@ -135,10 +135,6 @@ def _unpack(
         code = mean - 128 + tl.where(side >= 2, away, -1 - away)
         written = (quarter < QUARTER)[None, :] & (number * QUARTER + quarter < COLUMNS)[None, :] & (row >= 0)[:, None]
         tl.store(to + number * QUARTER, tl.where(inside, code, 0).to(tl.int8), mask=written)
-    one = tile * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
-    of_step = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head + 2 * one
-    step = tl.load(of_step, mask=one < num_blocks, other=0.0)
-    tl.store(steps + (sequence.to(tl.int64) * tl.num_programs(1) + head) * (num_tiles + 1) * TILE_BLOCKS + one, step)
 
 
 @triton.jit
@@ -214,8 +210,8 @@ def _hide(products, tile, last, end, TILE: tl.constexpr, TILE_BLOCKS: tl.constex
 
 @triton.jit
 def _peaks(
-    query_codes, query_scales, last_rank, keys, key_steps, scratch, normalisers, scores, length,
-    o_batch, o_selection, o_row,
+    query_codes, query_scales, last_rank, keys, key_scales, scratch, normalisers, scores, length,
+    s_batch, s_head, o_batch, o_selection, o_row,
     batch, num_rows, num_heads, num_groups, num_blocks, num_tiles, width, scale_log2,
     GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, KEPT: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, KEY_SUB: tl.constexpr, COLUMNS: tl.constexpr,
@@ -249,39 +245,32 @@ def _peaks(
             )
             units = tl.load(query_scales + slot, mask=inside, other=0.0) * scale_log2
             kv_head = head // GROUP
-            place = sequence.to(tl.int64) * (num_heads // GROUP) + kv_head
-            tile_keys = keys + place * num_tiles * TILE * COLUMNS
-            next_steps = key_steps + place * (num_tiles + 1) * TILE_BLOCKS + block_column
+            place = (sequence.to(tl.int64) * (num_heads // GROUP) + kv_head) * num_tiles
+            tile_keys = keys + place * TILE * COLUMNS
+            key_steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head
             # Powers are taken over the first sub-key's logit, which takes out what all keys have in common. Where a
             # logit lies 120 and more above it the sum is cut, and made again from the scratch.
             first_key = tl.load(tile_keys + column).to(tl.float32)
-            base = (
-                tl.sum(queries.to(tl.float32) * first_key[None, :], 1)
-                * units
-                * tl.load(key_steps + place * (num_tiles + 1) * TILE_BLOCKS)
-            )
+            base = tl.sum(queries.to(tl.float32) * first_key[None, :], 1) * units * tl.load(key_steps)
             total = tl.zeros([ROWS, TILE_BLOCKS], tl.float32)
             to = scratch + lane[:, None] * width
             # Tiles before this one are seen in full by every sub-query that is one.
             clear = (tl.min(tl.where(last >= 0, last, 1 << 30), 0) + 1) // (TILE_BLOCKS * BLOCK)
             tiles = reach // (TILE_BLOCKS * BLOCK) + 1
-            steps = tl.load(next_steps)
             for tile in range(clear):
-                # A tile ahead: nothing waits for them.
-                next_steps += TILE_BLOCKS
-                ahead = tl.load(next_steps)
+                block = tile * TILE_BLOCKS + block_column
+                # Loaded here, they arrive while the products are made.
+                steps = tl.load(key_steps + 2 * block, mask=block < num_blocks, other=0.0)
                 products = _products(queries, tile_keys, tile, column, TILE, COLUMNS, WIDEN)
                 logit = _logits(products, units, steps, ROWS, PER_BLOCK, TILE_BLOCKS, False)
-                total = _keep(logit, base, total, to, tile * TILE_BLOCKS + block_column, WIDEN)
-                steps = ahead
+                total = _keep(logit, base, total, to, block, WIDEN)
             for tile in range(clear, tiles):
-                next_steps += TILE_BLOCKS
-                ahead = tl.load(next_steps)
+                block = tile * TILE_BLOCKS + block_column
+                steps = tl.load(key_steps + 2 * block, mask=block < num_blocks, other=0.0)
                 products = _products(queries, tile_keys, tile, column, TILE, COLUMNS, WIDEN)
                 products = _hide(products, tile, last, end, TILE, TILE_BLOCKS, PER_BLOCK, KEY_SUB)
                 logit = _logits(products, units, steps, ROWS, PER_BLOCK, TILE_BLOCKS, True)
-                total = _keep(logit, base, total, to, tile * TILE_BLOCKS + block_column, WIDEN)
-                steps = ahead
+                total = _keep(logit, base, total, to, block, WIDEN)
             normaliser = tl.log2(tl.maximum(tl.sum(total, 1), 1.1754944e-38))
             tl.store(normalisers + lane, tl.where(last >= 0, normaliser, 1.0e30))
             tl.debug_barrier()
@@ -482,22 +471,19 @@ def unpack_keys(
     tile_blocks: int,
     per_block: int,
     columns: int,
-) -> tuple[Int[Tensor, "batch kv_heads tiles sub_keys columns"], Float[Tensor, "batch kv_heads steps"]]:
-    """int8 codes in tiles of `tile_blocks` blocks, sub-key by sub-key, and the blocks' steps, as `_peaks` reads them: a
-    tile more than there is, which nothing writes.
-    """
+) -> Int[Tensor, "batch kv_heads tiles sub_keys columns"]:
+    """int8 codes in tiles of `tile_blocks` blocks, sub-key by sub-key, as `_peaks` reads them."""
     batch, heads, blocks, payload = codes.shape
     quarter = payload // (4 * (1 + per_block))
     tiles = -(-blocks // tile_blocks)
     make = torch.empty if 4 * quarter == columns else torch.zeros
     output = make(batch, heads, tiles, tile_blocks * per_block, columns, dtype=torch.int8, device=codes.device)
-    steps = torch.empty(batch, heads, (tiles + 1) * tile_blocks, dtype=torch.float32, device=codes.device)
     _unpack[(tiles, heads, batch)](
-        codes, scales, output, steps, *codes.stride()[:3], *scales.stride()[:2], blocks, tiles,
+        codes, scales, output, *codes.stride()[:3], *scales.stride()[:2], blocks, tiles,
         TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block, QUARTER=quarter, PADDED_QUARTER=next_power_of_2(quarter),
         COLUMNS=columns, num_warps=8,
     )  # fmt: skip
-    return output, steps
+    return output
 
 
 def peak_scores(
@@ -522,7 +508,7 @@ def peak_scores(
     kv_heads, blocks = codes.shape[1], codes.shape[2]
     group = heads // kv_heads
     tile_blocks = max(1, launch.columns // per_block)
-    keys, steps = unpack_keys(codes, scales, tile_blocks, per_block, columns)
+    keys = unpack_keys(codes, scales, tile_blocks, per_block, columns)
     tile_heads = max(h for h in range(1, group + 1) if group % h == 0 and h & (h - 1) == 0 and h * kept <= launch.rows)
     tile_rows = max(1, min(launch.rows // (tile_heads * kept), next_power_of_2(rows)))
     lanes = max(16, tile_rows * tile_heads * kept)
@@ -536,7 +522,7 @@ def peak_scores(
     normalisers = torch.empty(programs, lanes, dtype=torch.float32, device=codes.device)
     scores = torch.zeros(batch, kv_heads if per_kv_head else 1, rows, blocks, dtype=torch.float32, device=codes.device)
     _peaks[(programs,)](
-        *queries, keys, steps, scratch, normalisers, scores, length, *scores.stride()[:3],
+        *queries, keys, scales, scratch, normalisers, scores, length, *scales.stride()[:2], *scores.stride()[:3],
         batch, rows, heads, groups, blocks, keys.shape[2], width, scale * LOG2_E,
         GROUP=group, TILE_HEADS=tile_heads, KEPT=kept, TILE_ROWS=tile_rows, ROWS=lanes, TILE_BLOCKS=tile_blocks,
         PER_BLOCK=per_block, KEY_SUB=key_sub_block, COLUMNS=columns, CHUNK=CHUNK, PER_HEAD=per_kv_head,
