@@ -30,7 +30,7 @@ from sketch_walk.bench.timing import capture
 from sketch_walk.kernels import triton_peaks, triton_sketch
 from sketch_walk.kernels.triton_peaks import PeakLaunch, StepLaunch
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.memory import look_back
+from sketch_walk.look_back import look_back
 from sketch_walk.scoring import absorb_keys, call_scores, step_selection
 from sketch_walk.selection import row_counts, select_blocks
 from sketch_walk.sketch import CLIP, KEY_LEVELS, rotation

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from regions import results
@@ -84,7 +83,6 @@ REGIONS: dict[str, Callable[[], str]] = {
     "cpu-decode": cpu_decode,
     "generation": generation,
     "answers": answers,
-    "answers-cpu": partial(answers, results.ANSWERS_CPU),
     "walk-finding": walk_finding,
     "pooling": pooling,
     "knobs": knobs,

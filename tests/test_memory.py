@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.memory import fade, look_back, recall
+from sketch_walk.look_back import look_back
+from sketch_walk.memory import fade, recall
 from sketch_walk.scoring import call_scores
 from sketch_walk.state import LayerSketch
 

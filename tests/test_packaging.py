@@ -16,7 +16,7 @@ PACKAGE = Path(sketch_walk.__file__).parent
 PROJECT = PACKAGE.parents[1]
 
 STAGES = {"hadamard", "sketch", "walk", "selection", "state", "memory", "kernels"}
-BELOW_ATTENTION = STAGES | {"config", "layout", "masks", "scoring"}
+BELOW_ATTENTION = STAGES | {"config", "layout", "masks", "scoring", "look_back"}
 # Which units a unit may import: a top-level module or subpackage is one unit, and "" is sketch_walk/__init__.py.
 ALLOWED = {
     "config": set(),
@@ -27,10 +27,11 @@ ALLOWED = {
     "walk": {"config", "layout"},
     "selection": {"config", "layout"},
     "state": {"config", "layout"},
-    "memory": {"config", "layout", "state", "kernels"},
+    "memory": {"config", "layout"},
     "kernels": {"config", "layout", "extras"},
     "masks": {"config", "layout", "kernels", "state"},
     "scoring": {"config", "layout", "kernels", "sketch", "walk", "state"},
+    "look_back": {"config", "layout", "kernels", "memory", "state"},
     "attention": BELOW_ATTENTION,
     "": BELOW_ATTENTION | {"attention"},
     "common": BELOW_ATTENTION | {"attention"},

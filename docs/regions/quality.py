@@ -204,12 +204,12 @@ def generation() -> str:
     return wrapped(text) + "\n\n" + table(("attention", "sparse", "block density", *tasks, "all"), body, left=2)
 
 
-def answers(name: str = ANSWERS) -> str:
+def answers() -> str:
     """Region: answers given token by token, with and without a memory of steps."""
-    data = read(name)
+    data = read(ANSWERS)
     if data is None:
-        return wrapped(f"Not measured in this checkout yet (`benchmarks/results/{name}`).")
-    file, texts = name, len(data["rows"]["dense"]["continuation_nll"])
+        return wrapped(f"Not measured in this checkout yet (`benchmarks/results/{ANSWERS}`).")
+    texts = len(data["rows"]["dense"]["continuation_nll"])
     rows, means = data["rows"], data["summary"]
     tasks = tuple(rows["dense"]["hits"])
     body = []
@@ -241,7 +241,7 @@ def answers(name: str = ANSWERS) -> str:
         + ". Accuracy, in brackets points against dense steps after the same prompts, and the NLL"
         + ("; last the NLL of dense's own continuation" if texts else "")
         + f". {config_note(data['config'])} "
-    ).strip() + f" Source: `benchmarks/results/{file}`."
+    ).strip() + f" Source: `benchmarks/results/{ANSWERS}`."
     head = ("prompt: steps", "read by a prompt", "by a step", *(x for task in tasks for x in (task, "NLL")))
     head += ("prose",) if texts else ()
     return wrapped(text) + "\n\n" + table(head, body)

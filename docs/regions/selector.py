@@ -43,8 +43,8 @@ CURVE_GROUPS = {
 }
 # The launch variants of benchmarks/gpu_selector.py that the kernels take by themselves.
 PEAK_LAUNCH, STEP_LAUNCH = "64x128, 4 warps, 128 registers", "peaks, 256 sub-keys, 2 warps, 2 stages, 128 registers"
-# What that script times; the last came later.
-LAST = "last_tokens"
+# What that script times; the last came later, and is of the step after a prompt.
+LOOK = "look_back"
 PROMPT_STAGES = {
     "sketch_keys": "sketch of keys",
     "sketch_queries": "sketch of queries",
@@ -52,7 +52,7 @@ PROMPT_STAGES = {
     PEAK_LAUNCH: "peaks",
     "call_scores": "the three before in one call",
     "select": "selection",
-    LAST: "last tokens",
+    LOOK: "a step's look back",
 }
 STEP_STAGES = {
     "sketch": "key and query",
@@ -76,13 +76,13 @@ def gpu_selector() -> str:
     prompts, steps = [], []
     for row in data["prefill"]:
         ms = row["ms"]
-        whole = sum(ms.get(name, 0.0) for name in ("sketch_keys", "call_scores", "select", LAST))
-        times = (f"{value:.2f}" for value in (*(ms[name] for name in stages), whole))
+        whole = sum(ms[name] for name in ("sketch_keys", "call_scores", "select"))
+        times = (f"{value:.2f}" for value in (*(ms[name] for name in stages if name != LOOK), whole))
         prompts.append([f"{row['tokens']:,}", str(row["block_size"]), *times])
     for row in data["decode"]:
         times = (f"{row['graph_ms'][name]:.4f}" for name in STEP_STAGES)
         steps.append([str(row["batch"]), f"{row['tokens']:,}", str(row["block_size"]), *times])
-    head = ("tokens", "block", *stages.values(), "all of it" if LAST in stages else "keys, scores and selection")
+    head = ("tokens", "block", *(text for name, text in stages.items() if name != LOOK), "keys, scores and selection")
     return "\n\n".join(
         [
             wrapped(text),

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.memory import fade, leave, look_back, recall
+from sketch_walk.look_back import leave, look_back
+from sketch_walk.memory import fade, recall
 from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores, make_room, step_selection, step_with_triton
 from sketch_walk.selection import BlockSelection, row_counts, select_blocks
 from sketch_walk.state import LayerSketch, SketchState

@@ -49,7 +49,7 @@ from sketch_walk.bench.record import Row, compare
 from sketch_walk.bench.timing import NotCapturableError, capture, first_line, measure
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.memory import DENSE_FROM
+from sketch_walk.look_back import DENSE_FROM
 from sketch_walk.selection import BlockSelection, block_density, pair_density
 from sketch_walk.state import LayerSketch
 

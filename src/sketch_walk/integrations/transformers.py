@@ -25,7 +25,8 @@ from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import require
 from sketch_walk.hadamard import sketch_matrix
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.memory import DENSE_FROM, fade, leave
+from sketch_walk.look_back import DENSE_FROM, leave
+from sketch_walk.memory import fade
 from sketch_walk.scoring import absorb_call, absorb_keys
 from sketch_walk.selection import block_density, pair_density, row_counts
 from sketch_walk.state import LAST_TOKENS
