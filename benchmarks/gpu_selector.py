@@ -121,7 +121,8 @@ def prefill(tokens: int, block: int, repeats: int) -> Part:
     query = torch.randn(1, HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     key = torch.randn(1, KV_HEADS, tokens, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     layout = make_layout(1, tokens, tokens, query.device)
-    state = LayerSketch(config)
+    # Of fixed capacity, which keeps the queries that it looks back with.
+    state = LayerSketch(config, tokens)
     stages = Stages(repeats)
     matrix = rotation(HEAD_DIM, config, query.device, kernels.product_dtype())
     stages.add("sketch_keys", partial(absorb_keys, state, key, layout, query))
