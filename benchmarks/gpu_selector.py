@@ -222,7 +222,8 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> Part:
         per_head=False,
     )
     stages.add_graph("select", select)
-    step = partial(step_selection, state, query, key, layout, SCALE, counts, width, config.step_memory)
+    memory = (config.step_memory, config.step_ahead)
+    step = partial(step_selection, state, query, key, layout, SCALE, counts, width, memory)
     stages.add_graph("step_selection", step)
     value = torch.randn_like(key)
     layer = partial(sketch_walk_attention, query, key, value, config, state=state, layout=layout)

@@ -44,7 +44,7 @@ POINTERS = {
     "lse": "*fp32", "delta": "*fp32",
     "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32", "scale": "fp32",
     "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
-    "masses": "*fp32", "ranks": "*i64", "memory": "*fp32", "seen": "*i64", "fade": "fp32",
+    "masses": "*fp32", "ranks": "*i64", "memory": "*fp32", "seen": "*i64", "fade": "fp32", "ahead": "fp32",
 }  # fmt: skip
 STRIDES = {f"{x}_{axis}" for x in "qkvoc" for axis in ("batch", "head", "token", "page", "block")}
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64

@@ -339,8 +339,12 @@ def run_call(
         keys = stored.outline if stop - start == 1 else stored.full
         scores = block_scores(own, keys, config, factor, causal)
         if memories is not None and stop - start == 1:
-            held = memories[layer][:, :num_blocks]
-            scores[:, 0, : held.shape[1]] = torch.maximum(scores[:, 0, : held.shape[1]], held)
+            for selection, held in enumerate(memories[layer]):
+                for block in range(num_blocks):
+                    claims = [held[block]] if block < len(held) else []
+                    if 1 < block <= len(held):
+                        claims.append(config.step_ahead * held[block - 1])
+                    scores[selection, 0, block] = max([scores[selection, 0, block], *claims])
         rows = transition_rows(scores, config)
         walk = rows.clone()
         if previous is not None and of_all is not None:

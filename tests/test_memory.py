@@ -82,6 +82,24 @@ def test_what_was_useful_is_read_again_and_fades() -> None:
     assert found.memory[0, 0, unread[0]] < 0.9**9 + 0.2
 
 
+def test_the_block_behind_a_useful_one_is_read_too() -> None:
+    """But not the one behind the attention sink, nor one behind the last."""
+    layout = make_layout(1, 1, 75, torch.device("cpu"))
+    memory = torch.tensor([[[0.9, 0.0, 0.4, 0.1, 0.2, 0.0]]])
+    scores = recall(memory, torch.zeros(1, 1, 1, 5), layout, replace(CONFIG, step_ahead=0.5))
+    torch.testing.assert_close(scores.flatten(), 0.9 * torch.tensor([0.9, 0.0, 0.4, 0.2, 0.2]))
+    torch.testing.assert_close(memory.flatten(), 0.9 * torch.tensor([0.9, 0.0, 0.4, 0.1, 0.2, 0.0]))
+    q, k, v = tensors(200)
+    state = prompt(q, k, v, 190, CONFIG, leaves=False)
+    plain = prompt(q, k, v, 190, CONFIG, leaves=False)
+    read = step(plain, q, k, v, 191, CONFIG).selection.indices[0, 0].tolist()
+    block = next(b for b in range(2, 10) if b not in read and b + 1 not in read)
+    assert state.memory is not None
+    state.memory[0, 0, block] = 1.0
+    result = step(state, q, k, v, 191, CONFIG)
+    assert {block, block + 1} <= set(result.selection.indices[0, 0].tolist())
+
+
 def one_short(new: int) -> Layout:
     """Two sequences of 40 positions, `new` of them the call's; the last one of the second sequence is padding."""
     valid = torch.ones(2, 40, dtype=torch.bool)
@@ -298,6 +316,12 @@ def test_step_memory_is_checked(value: object) -> None:
         replace(CONFIG, step_memory=value)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5"])
+def test_step_ahead_is_checked(value: object) -> None:
+    with pytest.raises(ValueError, match="step_ahead"):
+        replace(CONFIG, step_ahead=value)  # type: ignore[arg-type]
+
+
 def test_crop_reorder_repeat_and_reset() -> None:
     q, k, v = tensors(200, batch=2)
     state = prompt(q, k, v, 190, CONFIG)
@@ -366,6 +390,7 @@ def test_kernels_remember_what_the_reference_remembers(
         blocks = -(-end // config.block_size)
         want = step(expected, q, k, v, end, config)
         recalled = found.memory[:, :, None, :blocks] * config.step_memory
+        recalled[..., 2:] = torch.maximum(recalled[..., 2:], recalled[..., 1:-1] * config.step_ahead)
         have = step(found, q, k, v, end, config, impl="triton")
         assert have.impl == "triton"
         # From the codes that it made: those of the open block differ by rounding.

@@ -179,8 +179,8 @@ def one_step(
     """
     blocks = -(-layout.max_length // config.block_size)
     counts = row_counts(config, blocks, query.device)
-    left = config.step_memory if config.remembers else 0.0
-    scores, *table = step_selection(state, query, key, layout, scale, counts, config.budget(blocks), left)
+    memory = (config.step_memory, config.step_ahead) if config.remembers else None
+    scores, *table = step_selection(state, query, key, layout, scale, counts, config.budget(blocks), memory)
     selection = BlockSelection(*table)
     if config.head_mode != "per_kv_head":
         selection = BlockSelection(selection.indices[:, 0], selection.counts[:, 0])

@@ -86,6 +86,10 @@ class SketchWalkConfig:
         In [0, 1). A generated token gives a block at least this times the share of attention that the block got in the
         step before, this squared times that of two steps before, and so on: what was read and proved useful is read
         again. 0 forgets. Only without a walk and with ``reduce="max"``.
+    step_ahead : float
+        In [0, 1]. With a memory of steps, a generated token gives a block at least this times what is remembered of the
+        block before it: a passage that was useful may go on there. The first block's share, which is that of the
+        attention sink, is not passed on.
     query_keep : float
         Share of a block's sub-queries, per head, that take part in "peak" scores, in (0, 1]: those that differ most
         from the block's mean.
@@ -140,6 +144,7 @@ class SketchWalkConfig:
     salience: float = 2.0
     query_contrast: float = 1.25
     step_memory: float = 0.9
+    step_ahead: float = 0.7
     block_score: str = "peak"
     query_keep: float = 0.5
     reduce: str = "max"
@@ -203,6 +208,8 @@ class SketchWalkConfig:
             raise ValueError(f"query_contrast must be above 0, got {self.query_contrast!r}")
         if not (_is_real(self.step_memory) and 0.0 <= self.step_memory < 1.0):
             raise ValueError(f"step_memory must be in [0, 1), got {self.step_memory!r}")
+        if not (_is_real(self.step_ahead) and 0.0 <= self.step_ahead <= 1.0):
+            raise ValueError(f"step_ahead must be in [0, 1], got {self.step_ahead!r}")
         if not (_is_real(self.walk_beta) and 0.0 <= self.walk_beta < 1.0):
             raise ValueError(f"walk_beta must be in [0, 1), got {self.walk_beta!r}")
         for name in ("query_sub_block", "key_sub_block"):

@@ -3,7 +3,8 @@
 A sketch of four pooled keys finds the passage that a question is about, but blurs the single token that the next step
 of an answer needs. Attention over the blocks that were read is exact, so each block's true share of it says what the
 sketch could not: it is remembered, `SketchWalkConfig.step_memory` times less with every token, and stands in as the
-block's score where the sketch gives less. What a prompt leaves to it: `sketch_walk.look_back`.
+block's score where the sketch gives less. So, a little less, is the block behind it: what an answer reads next may stand
+there, and no step has seen it yet. What a prompt leaves to the memory: `sketch_walk.look_back`.
 """
 
 from __future__ import annotations
@@ -33,12 +34,17 @@ def recall(
 ) -> Float[Tensor, "batch selections 1 blocks"]:
     """Scores of a step of one token per sequence, with what is remembered, which fades, in place.
 
+    A block claims what is remembered of it, or `config.step_ahead` times what is of the block before it.
     The attention that follows notes the shares of the blocks it reads (`sketch_walk.kernels.attend`).
     """
     fade(memory, layout, config)
     blocks = scores.shape[3]
-    held = torch.arange(blocks, device=scores.device) * config.block_size < layout.length[:, None]
-    return torch.maximum(scores, (memory[:, :, :blocks] * held[:, None])[:, :, None])
+    block = torch.arange(blocks, device=scores.device)
+    claims = memory[:, :, :blocks]
+    before = torch.where(block > 1, claims.roll(1, 2), 0.0)
+    claims = torch.maximum(claims, config.step_ahead * before)
+    held = block * config.block_size < layout.length[:, None]
+    return torch.maximum(scores, (claims * held[:, None])[:, :, None])
 
 
 def note(

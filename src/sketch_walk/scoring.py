@@ -167,13 +167,13 @@ def step_selection(
     scale: float,
     counts: tuple[Tensor, Tensor, Tensor],
     width: int,
-    step_memory: float,
+    memory: tuple[float, float] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, indices and counts of one decode step: `absorb_keys`, `call_scores`, `sketch_walk.memory.recall` and the
     selection in fewer kernels.
 
-    `counts` are `sketch_walk.selection.row_counts`, `width` the greatest of the budgets. A `step_memory` of 0 leaves
-    the memory alone.
+    `counts` are `sketch_walk.selection.row_counts`, `width` the greatest of the budgets. `memory` is how it fades and
+    what a block's successor has of it; None leaves it alone.
     """
     config = state.config
     make_room(state, key, layout, query)
@@ -187,8 +187,8 @@ def step_selection(
         scales,
         rotation(query.shape[3], config, query.device, kernels.product_dtype()),
         counts,
-        state.memory if step_memory else None,
-        step_memory,
+        state.memory if memory else None,
+        *(memory or (0.0, 0.0)),
         step=CLIP / KEY_LEVELS,
         scale=score_scale(query.shape[3], scale, config),
         width=width,

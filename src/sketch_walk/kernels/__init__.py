@@ -304,6 +304,7 @@ def step_selection(
     row_counts: tuple[Tensor, Tensor, Tensor],
     memory: Float[Tensor, "batch selections slots"] | None,
     step_memory: float,
+    step_ahead: float,
     *,
     step: float,
     scale: float,
@@ -339,6 +340,7 @@ def step_selection(
         memory=memory,
         past=layout.past,
         fade=float(step_memory),
+        ahead=float(step_ahead),
         after_peaks=True,
     )
 

@@ -182,17 +182,22 @@ def _last_row(length, sequence, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _recalled(memory, column, available, past, length, sequence, fade):
-    """What is remembered of the blocks, which fades with a new token."""
+def _recalled(memory, column, available, past, length, sequence, fade, ahead):
+    """What is remembered of the blocks, which fades with a new token, and what they claim for it.
+
+    Who writes what is remembered back must wait for the others: they read it too.
+    """
     fade = tl.where(tl.load(past + sequence) < tl.load(length + sequence), fade, 1.0)
-    return tl.load(memory + column, mask=column < available, other=0.0) * fade
+    held = tl.load(memory + column, mask=column < available, other=0.0) * fade
+    before = tl.load(memory + column - 1, mask=(column < available) & (column > 1), other=0.0) * fade
+    return held, tl.maximum(held, ahead * before)
 
 
 @triton.jit(do_not_specialize=["width"])
 def _select(
     scores, past, length, budget, sink, local, best, indices, counts, memory, seen,
     s_batch, s_selection, s_row, s_part, m_batch, m_selection,
-    num_rows, num_selections, num_blocks, width, tail, fade,
+    num_rows, num_selections, num_blocks, width, tail, fade, ahead,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +217,7 @@ def _select(
     read, first_forced, last_forced = _limits(budget, sink, local, available)
     if memory is not None:
         memory += sequence * m_batch + selection.to(tl.int64) * m_selection
-        held = _recalled(memory, column, available, seen, length, sequence, fade)
+        held, claimed = _recalled(memory, column, available, seen, length, sequence, fade, ahead)
     await_previous(PDL)
     release_next(PDL)
     scores += sequence * s_batch + selection.to(tl.int64) * s_selection + index.to(tl.int64) * s_row
@@ -225,7 +230,8 @@ def _select(
         for part in range(1, PARTS):
             values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=column < available, other=0.0))
     if memory is not None:
-        values = tl.maximum(values, held)
+        values = tl.maximum(values, claimed)
+        tl.debug_barrier()
         tl.store(memory + column, held, mask=column < available)
     place = (sequence * num_selections + selection) * num_rows + index
     if PARTS > 1:
@@ -240,7 +246,7 @@ def _select(
 def _from_peaks(
     peaks, length, budget, sink, local, best, indices, counts, memory, seen,
     p_batch, p_head, m_batch, m_selection,
-    num_blocks, width, fade,
+    num_blocks, width, fade, ahead,
     BLOCK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PART_HEADS: tl.constexpr, TILE: tl.constexpr,
     COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr, CHOOSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -261,7 +267,7 @@ def _from_peaks(
         read, first_forced, last_forced = _limits(budget, sink, local, available)
         if memory is not None:
             memory += sequence * m_batch + selection.to(tl.int64) * m_selection
-            held = _recalled(memory, column, available, seen, length, sequence, fade)
+            held, claimed = _recalled(memory, column, available, seen, length, sequence, fade, ahead)
     await_previous(PDL)
     release_next(PDL)
     for at in range(first, end, TILE):
@@ -274,7 +280,8 @@ def _from_peaks(
         share = weight * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
         values = tl.maximum(values, tl.max(share, 0))
     if CHOOSE and (memory is not None):
-        values = tl.maximum(values, held)
+        values = tl.maximum(values, claimed)
+        tl.debug_barrier()
         tl.store(memory + column, held, mask=column < available)
     place = sequence * tl.num_programs(0) + part
     tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
@@ -346,7 +353,7 @@ def select_rows(
         launch = launch or select_launch(columns, counts.numel(), device_of(scores.device))
         _select[(rows, selections, batch)](
             scores, past, length, budget, sink, local, None, table, counts, None, None,
-            *scores.stride()[:3], 0, 0, 0, rows, selections, blocks, width, tail, 1.0,
+            *scores.stride()[:3], 0, 0, 0, rows, selections, blocks, width, tail, 1.0, 0.0,
             BLOCK=block_size, PARTS=1, COLUMNS=columns, THRESHOLDS=launch.thresholds,
             FILL=next_power_of_2(width), PDL=False, num_warps=launch.num_warps,
         )  # fmt: skip
@@ -367,6 +374,7 @@ def select_from_peaks(
     memory: Float[Tensor, "batch selections slots"] | None = None,
     past: Int[Tensor, " batch"] | None = None,
     fade: float = 1.0,
+    ahead: float = 0.0,
     part_heads: int | None = None,
     after_peaks: bool = False,
     launch: SelectLaunch | None = None,
@@ -393,6 +401,8 @@ def select_from_peaks(
         a sequence is longer than `past`, int64. Slots beyond the last token's block are left alone.
     fade : float
         What is left of the memory after a token.
+    ahead : float
+        Part of what is remembered of a block that the next one claims.
     part_heads : int, optional
         Heads of one program. At or above the heads of a selection one launch does everything; below, a second one takes
         the greatest of the parts and chooses. Default: `split_heads`.
@@ -431,14 +441,14 @@ def select_from_peaks(
     }  # fmt: skip
     _from_peaks[(selections * parts, batch)](
         peaks, length, budget, sink, local, shares, table, counts, memory, past,
-        *peaks.stride()[:2], *held, blocks, width, fade,
+        *peaks.stride()[:2], *held, blocks, width, fade, ahead,
         HEADS=shape.heads, PART_HEADS=shape.part_heads, TILE=shape.tile, CHOOSE=parts == 1, **common,
         num_warps=max(shape.num_warps, launch.num_warps if parts == 1 else 1), **pdl,
     )  # fmt: skip
     if parts > 1:
         _select[(1, selections, batch)](
             shares, None, length, budget, sink, local, scores, table, counts, memory, past,
-            *shares.stride()[:2], 0, shares.stride(2), *held, 1, selections, blocks, width, 0, fade,
+            *shares.stride()[:2], 0, shares.stride(2), *held, 1, selections, blocks, width, 0, fade, ahead,
             **common, num_warps=launch.num_warps, **pdl,
         )  # fmt: skip
     return ScoredRows(scores, table, counts)
@@ -463,7 +473,7 @@ def scores_from_peaks(
     if shares.numel():
         _from_peaks[(shape.selections * shape.parts, batch)](
             peaks, None, None, None, None, shares, None, None, None, None,
-            *peaks.stride()[:2], 0, 0, blocks, 0, 1.0,
+            *peaks.stride()[:2], 0, 0, blocks, 0, 1.0, 0.0,
             BLOCK=0, HEADS=shape.heads, PARTS=shape.parts, PART_HEADS=shape.part_heads, TILE=shape.tile,
             COLUMNS=next_power_of_2(blocks), THRESHOLDS=1, FILL=1, CHOOSE=False, PDL=False,
             num_warps=shape.num_warps,
