@@ -3,8 +3,8 @@
 A sketch of four pooled keys finds the passage that a question is about, but blurs the single token that the next step
 of an answer needs. Attention over the blocks that were read is exact, so each block's true share of it says what the
 sketch could not: it is remembered, `SketchWalkConfig.step_memory` times less with every token, and stands in as the
-block's score where the sketch gives less. So, a little less, is the block behind it: what an answer reads next may stand
-there, and no step has seen it yet. What a prompt leaves to the memory: `sketch_walk.look_back`.
+block's score where the sketch gives less. A part of it stands in for the block behind it too: what an answer reads next
+may be there, and no step has seen it yet. What a prompt leaves to the memory: `sketch_walk.look_back`.
 """
 
 from __future__ import annotations
