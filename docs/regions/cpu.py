@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from regions.quality import config_note, quality, run_of
-from regions.results import BASE, DECODE, QUALITY, SPEED, percent, read, required, table, wrapped
+from regions.results import BASE, DECODE, QUALITY, SPEED, STEP_FIELDS, percent, read, required, table, wrapped
 from sketch_walk import kernels
 
 
@@ -16,7 +16,7 @@ def speed_table(lengths: Sequence[int] | None = None) -> str:
         return f"Speed on a CPU: not measured in this checkout yet (`benchmarks/results/{SPEED}`)."
     _, rows = quality()
     dense, sparse = rows[0]["essay"]["accuracy"], run_of(rows, **BASE)["essay"]["accuracy"]
-    accuracy = config_note(data["config"], ("step_memory",))
+    accuracy = config_note(data["config"], STEP_FIELDS)
     accuracy = (
         f"{accuracy} No accuracy of today's default belongs to these times."
         if accuracy

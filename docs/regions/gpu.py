@@ -17,6 +17,7 @@ from regions.results import (
     SHORT,
     SHORT_GRAPH,
     STEP,
+    STEP_FIELDS,
     TRITON,
     Row,
     holds,
@@ -153,7 +154,7 @@ def bench_notes(data: dict[str, Any], name: str) -> str:
     apart = ["block_size", "density", "min_blocks", "sketch_dim"]
     if name not in DECODED:
         # A prompt has no steps that remember.
-        apart.append("step_memory")
+        apart += STEP_FIELDS
     note = config_note(data["config"], apart)
     timed = [(row["block_size"], row["density"]) for row in data["results"] if row["kind"] in ("layer", "model")]
     parts = ("no accuracy belongs to these rows.", quality_note(timed), note, f"Source: `benchmarks/results/{name}`.")

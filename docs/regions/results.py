@@ -17,8 +17,9 @@ ABLATIONS = "ablations_smollm2.json"
 QUALITY, PLAIN = "yardstick_smollm2_4k.json", "yardstick_smollm2_4k_plain.json"
 EARLIER, EARLIER_TRITON = "yardstick_smollm2_4k_mass.json", "yardstick_smollm2_4k_mass_triton.json"
 SPEED, DECODE, GENERATION = "cpu_prompt.json", "cpu_decode.json", "cpu_generation.json"
-# With the memory that prompts leave today, and with that of their last token alone.
 ANSWERS = "answers_smollm2.json"
+# Fields of a config that say nothing to a prompt.
+STEP_FIELDS = ("step_memory", "step_ahead")
 GPU_CUTE, MEMORY, SELECTOR = "gpu_cute.json", "gpu_memory.json", "gpu_selector.json"
 # Of `sketch-walk bench attention`.
 PREFILL, TRITON, STEP = "gpu_prefill.json", "gpu_prefill_triton.json", "gpu_decode.json"

@@ -12,6 +12,7 @@ from regions.quality import config_note
 from regions.results import (
     ABLATIONS,
     SELECTOR,
+    STEP_FIELDS,
     Row,
     holds,
     percent,
@@ -180,7 +181,7 @@ def selector_curve() -> str:
         f"{data['density']:g}, medians of {data['repeats']}, each setting checked in the same run; {data['device']}, "
         f"{bench_torch(data)}. Its share is of the sparse attention alone: {beside}. Quality is that of the tables "
         f"above and below, {int(CURVE_PROMPT):,} tokens; a sketch of 32 of 64 coordinates was timed as 64 of 128. "
-        f"{config_note(data['config'], ('sketch_dim', 'step_memory'))} Sources: `benchmarks/results/{CURVE}`, "
+        f"{config_note(data['config'], ('sketch_dim', *STEP_FIELDS))} Sources: `benchmarks/results/{CURVE}`, "
         f"`benchmarks/results/{ABLATIONS}`."
     )
     head = (
