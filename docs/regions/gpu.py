@@ -260,7 +260,7 @@ def gpu_decode() -> str:
     data = required(STEP)
     assert all(row["graph"] for row in data["results"])
     text = f"Milliseconds of one layer's decode step in a CUDA graph, {bench_setting(data, STEP)}"
-    return wrapped(text) + "\n\n" + layer_table(data, "step", 3)
+    return wrapped(text) + "\n\n" + layer_table(data, "step", 4)
 
 
 def gpu_readme() -> str:

@@ -53,7 +53,6 @@ PROMPT_STAGES = {
     PEAK_LAUNCH: "peaks",
     "call_scores": "the three before in one call",
     "select": "selection",
-    LOOK: "a step's look back",
 }
 STEP_STAGES = {
     "sketch": "key and query",
@@ -74,16 +73,23 @@ def gpu_selector() -> str:
         f"{data['triton']}. Source: `benchmarks/results/{SELECTOR}`."
     )
     stages = {name: text for name, text in PROMPT_STAGES.items() if name in data["prefill"][0]["ms"]}
+    looks = [LOOK] if LOOK in data["prefill"][0]["ms"] else []
     prompts, steps = [], []
     for row in data["prefill"]:
         ms = row["ms"]
         whole = sum(ms[name] for name in ("sketch_keys", "call_scores", "select"))
-        times = (f"{value:.2f}" for value in (*(ms[name] for name in stages if name != LOOK), whole))
+        times = (f"{value:.2f}" for value in (*(ms[name] for name in stages), whole, *(ms[name] for name in looks)))
         prompts.append([f"{row['tokens']:,}", str(row["block_size"]), *times])
     for row in data["decode"]:
         times = (f"{row['graph_ms'][name]:.4f}" for name in STEP_STAGES)
         steps.append([str(row["batch"]), f"{row['tokens']:,}", str(row["block_size"]), *times])
-    head = ("tokens", "block", *(text for name, text in stages.items() if name != LOOK), "keys, scores and selection")
+    head = (
+        "tokens",
+        "block",
+        *stages.values(),
+        "keys, scores and selection",
+        *(["first step: look back"] if looks else []),
+    )
     return "\n\n".join(
         [
             wrapped(text),
