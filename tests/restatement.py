@@ -344,7 +344,7 @@ def run_call(
                     claims = [held[block]] if block < len(held) else []
                     if 1 < block <= len(held):
                         claims.append(config.step_ahead * held[block - 1])
-                    scores[selection, 0, block] = max([scores[selection, 0, block], *claims])
+                    scores[selection, 0, block] = max([scores[selection, 0, block], *(claim**2 for claim in claims)])
         rows = transition_rows(scores, config)
         walk = rows.clone()
         if previous is not None and of_all is not None:

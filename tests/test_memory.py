@@ -74,7 +74,7 @@ def test_what_was_useful_is_read_again_and_fades() -> None:
     found.memory[0, 0, unread[0]] = 1.0
     first = step(found, q, k, v, 191, CONFIG)
     assert unread[0] in first.selection.indices[0, 0].tolist()
-    assert first.walk[0, 0, 0, unread[0]].item() == pytest.approx(0.9)
+    assert first.walk[0, 0, 0, unread[0]].item() == pytest.approx(0.9**2)
     # Its true share is small, and the claim has faded.
     assert found.memory[0, 0, unread[0]].item() == pytest.approx(0.9)
     for end in range(192, 201):
@@ -87,7 +87,7 @@ def test_the_block_behind_a_useful_one_is_read_too() -> None:
     layout = make_layout(1, 1, 75, torch.device("cpu"))
     memory = torch.tensor([[[0.9, 0.0, 0.4, 0.1, 0.2, 0.0]]])
     scores = recall(memory, torch.zeros(1, 1, 1, 5), layout, replace(CONFIG, step_ahead=0.5))
-    torch.testing.assert_close(scores.flatten(), 0.9 * torch.tensor([0.9, 0.0, 0.4, 0.2, 0.2]))
+    torch.testing.assert_close(scores.flatten(), (0.9 * torch.tensor([0.9, 0.0, 0.4, 0.2, 0.2])).square())
     torch.testing.assert_close(memory.flatten(), 0.9 * torch.tensor([0.9, 0.0, 0.4, 0.1, 0.2, 0.0]))
     q, k, v = tensors(200)
     state = prompt(q, k, v, 190, CONFIG, leaves=False)
@@ -295,7 +295,7 @@ def test_token_shares_of_an_impl_that_cannot() -> None:
 def test_slots_beyond_the_sequence_say_nothing() -> None:
     layout = make_layout(1, 1, 20, torch.device("cpu"))
     scores = recall(torch.ones(1, 1, 4), torch.zeros(1, 1, 1, 3), layout, CONFIG)
-    assert scores.flatten().tolist() == pytest.approx([0.9, 0.9, 0.0])
+    assert scores.flatten().tolist() == pytest.approx([0.81, 0.81, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ def test_kernels_remember_what_the_reference_remembers(
         # From the codes that it made: those of the open block differ by rounding.
         layout = make_layout(batch, 1, end, q.device)
         scores = call_scores(found, q[:, :, end - 1 : end], layout, 32**-0.5, impl="reference")
-        torch.testing.assert_close(have.walk, torch.maximum(scores, recalled), rtol=3e-2, atol=3e-3)
+        torch.testing.assert_close(have.walk, torch.maximum(scores, recalled.square()), rtol=3e-2, atol=3e-3)
         torch.testing.assert_close(have.selection.indices, want.selection.indices)
         torch.testing.assert_close(found.memory[..., :blocks], expected.memory[..., :blocks], rtol=3e-3, atol=1e-5)
 

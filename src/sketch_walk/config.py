@@ -83,13 +83,13 @@ class SketchWalkConfig:
         What a sub-query gives a key block: the softmax, over blocks, of each block's best sketched logit, or the
         softmax over all sub-keys, summed over the block's.
     step_memory : float
-        In [0, 1). A generated token gives a block at least this times the share of attention that the block got in the
-        step before, this squared times that of two steps before, and so on: what was read and proved useful is read
-        again. 0 forgets. Only without a walk and with ``reduce="max"``.
+        In [0, 1). Of a block is remembered this times the share of attention that it got in the step before, this
+        squared times that of two steps before, and so on. A generated token gives the block at least the square of
+        that as a score: what was read and proved useful is read again. 0 forgets. Only without a walk and with
+        ``reduce="max"``.
     step_ahead : float
-        In [0, 1]. With a memory of steps, a generated token gives a block at least this times what is remembered of the
-        block before it: a passage that was useful may go on there. The first block's share, which is that of the
-        attention sink, is not passed on.
+        In [0, 1]. Of a block is remembered at least this times what is of the block before it: a passage that was
+        useful may go on there. The first block's share, which is that of the attention sink, is not passed on.
     query_keep : float
         Share of a block's sub-queries, per head, that take part in "peak" scores, in (0, 1]: those that differ most
         from the block's mean.
@@ -144,7 +144,7 @@ class SketchWalkConfig:
     salience: float = 2.0
     query_contrast: float = 1.25
     step_memory: float = 0.9
-    step_ahead: float = 0.7
+    step_ahead: float = 0.9
     block_score: str = "peak"
     query_keep: float = 0.5
     reduce: str = "max"

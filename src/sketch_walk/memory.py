@@ -2,9 +2,9 @@
 
 A sketch of four pooled keys finds the passage that a question is about, but blurs the single token that the next step
 of an answer needs. Attention over the blocks that were read is exact, so each block's true share of it says what the
-sketch could not: it is remembered, `SketchWalkConfig.step_memory` times less with every token, and stands in as the
-block's score where the sketch gives less. A part of it stands in for the block behind it too: what an answer reads next
-may be there, and no step has seen it yet. What a prompt leaves to the memory: `sketch_walk.look_back`.
+sketch could not: it is remembered, `SketchWalkConfig.step_memory` times less with every token, and its square stands in
+as the block's score where the sketch gives less. A part of it does for the block behind it too: what an answer reads
+next may be there, and no step has seen it yet. What a prompt leaves to the memory: `sketch_walk.look_back`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def recall(
 ) -> Float[Tensor, "batch selections 1 blocks"]:
     """Scores of a step of one token per sequence, with what is remembered, which fades, in place.
 
-    A block claims what is remembered of it, or `config.step_ahead` times what is of the block before it.
-    The attention that follows notes the shares of the blocks it reads (`sketch_walk.kernels.attend`).
+    A block claims the square of what is remembered of it, or of `config.step_ahead` times what is of the one before it:
+    weak shares give way to what the sketches say now. The attention that follows notes the shares of the blocks it reads (`sketch_walk.kernels.attend`).
     """
     fade(memory, layout, config)
     blocks = scores.shape[3]
@@ -44,7 +44,7 @@ def recall(
     before = torch.where(block > 1, claims.roll(1, 2), 0.0)
     claims = torch.maximum(claims, config.step_ahead * before)
     held = block * config.block_size < layout.length[:, None]
-    return torch.maximum(scores, (claims * held[:, None])[:, :, None])
+    return torch.maximum(scores, (claims.square() * held[:, None])[:, :, None])
 
 
 def note(

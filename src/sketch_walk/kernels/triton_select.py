@@ -183,14 +183,15 @@ def _last_row(length, sequence, num_blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def _recalled(memory, column, available, past, length, sequence, fade, ahead):
-    """What is remembered of the blocks, which fades with a new token, and what they claim for it.
+    """What is remembered of the blocks, which fades with a new token, and what scores they claim for it.
 
     Who writes what is remembered back must wait for the others: they read it too.
     """
     fade = tl.where(tl.load(past + sequence) < tl.load(length + sequence), fade, 1.0)
     held = tl.load(memory + column, mask=column < available, other=0.0) * fade
     before = tl.load(memory + column - 1, mask=(column < available) & (column > 1), other=0.0) * fade
-    return held, tl.maximum(held, ahead * before)
+    claimed = tl.maximum(held, ahead * before)
+    return held, claimed * claimed
 
 
 @triton.jit(do_not_specialize=["width"])
