@@ -35,7 +35,8 @@ def recall(
     """Scores of a step of one token per sequence, with what is remembered, which fades, in place.
 
     A block claims the square of what is remembered of it, or of `config.step_ahead` times what is of the one before it:
-    weak shares give way to what the sketches say now. The attention that follows notes the shares of the blocks it reads (`sketch_walk.kernels.attend`).
+    weak shares give way to what the sketches say now. The attention that follows notes the shares of what it reads
+    (`sketch_walk.kernels.attend`).
     """
     fade(memory, layout, config)
     blocks = scores.shape[3]
