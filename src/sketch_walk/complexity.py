@@ -17,6 +17,8 @@ PROMISED_STATE_TOKENS = 65_536
 PROMISED_STATE_BYTES = 5_500_000
 # Queries kept beyond one block, so that a rejected draft can be taken back.
 QUERY_RING_SPARE = 32
+# Of the rank of a kept query.
+RANK_BYTES = 8
 # A step size and a bound, float32, per block and head.
 SKETCH_SCALE_BYTES = 8
 
@@ -169,7 +171,7 @@ def count_memory(seq_len: int, config: SketchWalkConfig, shape: ModelShape) -> M
         rows = selection_heads(shape.kv_heads, config) * blocks * (blocks + 1) // 2 * entry
         # Head-averaged queries are one vector, kept in float32.
         ring_vector = 4 * shape.head_dim if config.head_mode == "mean" else shape.heads * vector
-        ring = (config.block_size + QUERY_RING_SPARE) * ring_vector
+        ring = (config.block_size + QUERY_RING_SPARE) * (ring_vector + RANK_BYTES)
     sparse_layers = max(0, shape.layers - config.skip_first_n_layers)
     return Memory(
         qkv=seq_len * (shape.heads + 2 * shape.kv_heads) * vector,
