@@ -1,8 +1,8 @@
 """What the selector remembers of a sequence between calls; it lives with the KV cache, one `LayerSketch` per layer.
 
 Kept per layer: sketches of the keys; what share of attention each block got in the last steps, and the queries of a
-prompt's last tokens, with which the first step looks back (`sketch_walk.memory`); or, with a walk, the transition rows
-of complete blocks and the queries of the last tokens. Transition rows of a new block need the queries of the whole
+prompt's last tokens, with which a step looks back (`sketch_walk.look_back`); or, with a walk, the transition rows of
+complete blocks and the queries of the last tokens. Transition rows of a new block need the queries of the whole
 block, which no KV cache holds: the ring of recent queries covers the open block and `ROLLBACK` tokens more, so that a
 crop of up to that many tokens (speculative decoding) loses nothing. After a deeper crop into a block, that one row is
 made from the queries seen since.
