@@ -518,7 +518,7 @@ def test_dense_prompts_leave_what_their_last_tokens_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A sparse prompt's last tokens read every block, as those of a dense one do that is long enough."""
-    monkeypatch.setattr(integration, "DENSE_FROM", PROMPT)
+    monkeypatch.setattr(integration.look_back, "DENSE_FROM", PROMPT)
     mask = left_mask if padded else torch.ones_like(left_mask)
     tokens = torch.cat([ids, ids[:, :1]], 1)
     mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)

@@ -148,15 +148,20 @@ def repeats_text(data: dict[str, Any]) -> str:
     return "a single run of each" if repeats == 1 else f"medians of {repeats}"
 
 
-def bench_notes(data: dict[str, Any], name: str) -> str:
-    """What the rows of a bench file do not say: quality, another default, and the file."""
+def default_note(data: dict[str, Any], name: str) -> str:
+    """A sentence when a bench file was made with another default; else empty."""
     # Fields that a row of such a file sets, and the sketch of the full head dimension.
     apart = ["block_size", "density", "min_blocks", "sketch_dim"]
     if name not in DECODED:
         # A prompt has no steps that remember.
         apart += STEP_FIELDS
-    note = config_note(data["config"], apart)
+    return config_note(data["config"], apart)
+
+
+def bench_notes(data: dict[str, Any], name: str) -> str:
+    """What the rows of a bench file do not say: quality, another default, and the file."""
     timed = [(row["block_size"], row["density"]) for row in data["results"] if row["kind"] in ("layer", "model")]
+    note = default_note(data, name)
     parts = ("no accuracy belongs to these rows.", quality_note(timed), note, f"Source: `benchmarks/results/{name}`.")
     return " ".join(filter(None, parts))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from regions.gpu import DENSE_NAMES, bench_notes, beside_dense, model_setting, quality_note, repeats_text
+from regions.gpu import DENSE_NAMES, bench_notes, beside_dense, default_note, model_setting, quality_note, repeats_text
 from regions.results import MILLION, MODEL_STEP, TTFT, Row, percent, required, table, wrapped
 
 
@@ -78,10 +78,13 @@ def model_readme() -> str:
                 ]
             )
     first, steps = (repeats_text(required(name)) for name in (TTFT, MODEL_STEP))
+    notes = {"First tokens": TTFT, "Steps": MODEL_STEP}
+    notes = {call: default_note(required(name), name) for call, name in notes.items()}
+    earlier = "".join(f"{call}: {note} " for call, note in notes.items() if note)
     text = (
         f"A whole model on a GPU, milliseconds: {model_setting(required(TTFT))}; each method checked before it was "
         f"timed. First tokens: {first}; steps: {steps}. Blocks read are those of the sparse layers. Random weights: no "
-        f"accuracy belongs to these rows. {quality_note(timed)} "
+        f"accuracy belongs to these rows. {quality_note(timed)} {earlier}"
         f"Sources: `benchmarks/results/{TTFT}`, `benchmarks/results/{MODEL_STEP}`."
     )
     times = ("SDPA flash", "fastest dense kernel", "sparse", "over SDPA flash", "over the fastest")

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 DENSE_FROM = 4096
 
 
+def defers(config: SketchWalkConfig, num_queries: int, stop: int) -> bool:
+    """Whether a dense call up to position `stop` keeps queries for the sparse call after it.
+
+    For the memory of steps from a little before `DENSE_FROM` on: the prompt's last tokens may be in two calls.
+    """
+    return config.uses_walk or (config.remembers and num_queries > 1 and stop > DENSE_FROM - LAST_TOKENS)
+
+
 def leave(
     state: LayerSketch,
     query: Shaped[Tensor, "batch heads num_queries head_dim"],
@@ -68,5 +76,5 @@ def look_back(
     shares = kernels.token_shares(queries, key, blocks, counts, rank, layout, block_size=size, scale=scale, impl=impl)
     # What tokens before these found no longer counts, unless some of these were steps.
     memory.mul_((~(kept | (rank < 0)).all(1))[:, None, None])
-    note(memory, shares, blocks, torch.where(kept, age, -1), config)
+    note(memory, shares, torch.where(kept, age, -1), config)
     state.looked(layout.num_keys)

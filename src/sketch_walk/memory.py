@@ -51,16 +51,13 @@ def recall(
 def note(
     memory: Float[Tensor, "batch selections slots"],
     shares: Float[Tensor, "batch heads tokens blocks"],
-    indices: Int[Tensor, "batch selections blocks"],
     ages: Int[Tensor, "batch tokens"],
     config: SketchWalkConfig,
 ) -> None:
-    """Remember each block's greatest share, faded by the token's age, where it is more than is remembered, in place.
-
-    `indices` are the blocks' numbers, -1 for none; tokens of a negative age say nothing.
+    """Remember the first blocks' greatest shares, faded by the tokens' ages, where they are more than is remembered, in
+    place. Tokens of a negative age say nothing.
     """
     weights = torch.where(ages >= 0, config.step_memory ** ages.float(), 0.0)
-    greatest = (shares * weights[:, None, :, None]).amax(2)
-    greatest = greatest.unflatten(1, (indices.shape[1], -1)).amax(2)
-    slots = torch.where(indices >= 0, indices, memory.shape[2] - 1).long()
-    memory.scatter_reduce_(2, slots, torch.where(indices >= 0, greatest, 0.0), "amax")
+    greatest = (shares * weights[:, None, :, None]).amax(2).unflatten(1, (memory.shape[1], -1)).amax(2)
+    held = memory[:, :, : shares.shape[3]]
+    held.copy_(torch.maximum(held, greatest))

@@ -49,7 +49,7 @@ from sketch_walk.bench.record import Row, compare
 from sketch_walk.bench.timing import NotCapturableError, capture, first_line, measure
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.look_back import DENSE_FROM
+from sketch_walk.look_back import defers
 from sketch_walk.selection import BlockSelection, block_density, pair_density
 from sketch_walk.state import LayerSketch
 
@@ -304,7 +304,7 @@ def _sparse_call(
 def _dense_path(case: Case, config: SketchWalkConfig) -> Tensor:
     """A call below the crossover: torch's dense attention, and the queries kept for a sparse call to come."""
     output = kernels.attend_dense(*case.inputs, case.layout, scale=case.scale)
-    if config.uses_walk or (config.remembers and not case.decode and case.tokens >= DENSE_FROM):
+    if defers(config, case.inputs.query.shape[2], case.tokens):
         LayerSketch(config).defer(case.inputs.query, case.tokens)
     return output
 

@@ -19,17 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sketch_walk import kernels
+from sketch_walk import kernels, look_back
 from sketch_walk.attention import ScoreFunction, SketchWalkOutput, sketch_walk_attention
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import require
 from sketch_walk.hadamard import sketch_matrix
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.look_back import DENSE_FROM, leave
 from sketch_walk.memory import fade
 from sketch_walk.scoring import absorb_call, absorb_keys
 from sketch_walk.selection import block_density, pair_density, row_counts
-from sketch_walk.state import LAST_TOKENS
 
 require("transformers", "transformers")
 
@@ -509,33 +507,31 @@ def _take_in(
         return
     earlier, valid = key[:, :, :stop], None if valid is None else valid[:, :stop]
     layout = make_layout(key.shape[0], missing, stop, key.device, valid=valid)
-    if pending is None or not sketch.config.uses_walk:
+    if pending is None:
         absorb_keys(sketch, earlier, layout, query)
     else:
         absorb_call(sketch, pending, earlier, layout, scale, impl=impl)
     sketch.tokens = stop
     if sketch.memory is not None:
         fade(sketch.memory, layout, sketch.config)
-        if pending is not None and stop >= DENSE_FROM:
+        if pending is not None and stop >= look_back.DENSE_FROM:
             layout = make_layout(key.shape[0], pending.shape[2], stop, key.device, valid=valid)
-            leave(sketch, pending, earlier, layout, scale, sketch.config, impl)
+            look_back.leave(sketch, pending, earlier, layout, scale, sketch.config, impl)
 
 
 def _remember_dense_call(
     layer: SketchLayer, query: Tensor, key: Tensor, layout: Layout, valid: Tensor | None, scale: float, impl: str
 ) -> None:
     """A dense call leaves the same state as a sparse one, at once or when a sparse call needs it."""
-    sketch, several, stop = layer.sketch, query.shape[2] > 1, key.shape[2]
+    sketch, num_queries, stop = layer.sketch, query.shape[2], key.shape[2]
     if isinstance(layer, SketchStaticLayer):
         absorb_call(sketch, query, key, layout, scale, impl=impl)
         if sketch.memory is not None:
             fade(sketch.memory, layout, sketch.config)
-            if several and stop >= DENSE_FROM:
-                leave(sketch, query, key, layout, scale, sketch.config, impl)
-    elif sketch.config.remembers and several and stop > DENSE_FROM - LAST_TOKENS:
-        sketch.defer(query, stop)
-    elif sketch.config.uses_walk:
-        sketch.crop(stop - query.shape[2])
+            if num_queries > 1 and stop >= look_back.DENSE_FROM:
+                look_back.leave(sketch, query, key, layout, scale, sketch.config, impl)
+    elif look_back.defers(sketch.config, num_queries, stop):
+        sketch.crop(stop - num_queries)
         sketch.defer(query, stop)
         if sketch.pending_tokens > MAX_PENDING:
             _take_in(layer, stop, query, key, valid, scale, impl)
