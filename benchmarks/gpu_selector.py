@@ -24,6 +24,7 @@ import torch
 import triton
 
 from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
+from sketch_walk.attention import step_memory
 from sketch_walk.bench import measure
 from sketch_walk.bench.record import code_digest, resumed
 from sketch_walk.bench.timing import capture
@@ -222,7 +223,7 @@ def decode(batch: int, tokens: int, block: int, repeats: int) -> Part:
         per_head=False,
     )
     stages.add_graph("select", select)
-    memory = (config.step_memory, config.step_ahead)
+    memory = step_memory(state, config)
     step = partial(step_selection, state, query, key, layout, SCALE, counts, width, memory)
     stages.add_graph("step_selection", step)
     value = torch.randn_like(key)

@@ -44,7 +44,8 @@ POINTERS = {
     "lse": "*fp32", "delta": "*fp32",
     "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32", "scale": "fp32",
     "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
-    "masses": "*fp32", "ranks": "*i64", "memory": "*fp32", "seen": "*i64", "fade": "fp32", "ahead": "fp32",
+    "masses": "*fp32", "ranks": "*i64", "memory": "*fp32", "shared": "*fp32", "fade": "fp32", "ahead": "fp32",
+    "across": "fp32", "tokens_per_power": "fp32",
 }  # fmt: skip
 STRIDES = {f"{x}_{axis}" for x in "qkvoc" for axis in ("batch", "head", "token", "page", "block")}
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64
@@ -140,7 +141,7 @@ def decode(target: Target, padded: bool) -> int:
         **({} if padded else {"table": None}),
     }  # fmt: skip
     size = 0
-    forgets: dict[str, object] = {"masses": None, "memory": None, "past": None}
+    forgets: dict[str, object] = {"masses": None, "memory": None, "shared": None, "past": None}
     for table in [forgets] if padded else [{}, {**forgets, "indices": None, "counts": None}]:
         size += compile_for(triton_decode._decode, constants | table, target, launch.num_warps, launch.num_stages)
         for merged in triton_decode.MERGED:
@@ -208,10 +209,10 @@ def select(target: Target, rows: int) -> int:
     launch = triton_select.select_launch(2048, rows, target.device)
     shape = {"BLOCK": BLOCK, "COLUMNS": 2048, "FILL": 512, "THRESHOLDS": launch.thresholds}
     if rows > 1:
-        constants = {**shape, "PARTS": 1, "best": None, "memory": None, "seen": None}
+        constants = {**shape, "PARTS": 1, "best": None, "memory": None, "shared": None}
         return compile_for(triton_select._select, constants, target, launch.num_warps)
     shared = {**shape, "HEADS": HEADS, "PARTS": 8, "PART_HEADS": 4, "TILE": 4}
-    per_head = {**shared, "HEADS": HEADS // KV_HEADS, "PARTS": 1, "memory": None, "seen": None}
+    per_head = {**shared, "HEADS": HEADS // KV_HEADS, "PARTS": 1, "memory": None, "shared": None}
     short = {**shared, "PARTS": 1, "PART_HEADS": HEADS, "TILE": HEADS, "COLUMNS": 256}
     sizes = [
         compile_for(triton_select._from_peaks, {**constants, "CHOOSE": constants["PARTS"] == 1}, target, 8)

@@ -307,6 +307,7 @@ def run_call(
     settle: Callable[[int, int, list[Scoring]], list[Scoring]] | None = None,
     causal: bool = True,
     memories: list[Tensor] | None = None,
+    shared: list[Tensor] | None = None,
 ) -> list[Call]:
     """One forward pass of one sequence.
 
@@ -323,6 +324,8 @@ def run_call(
         of the same numbers. Default: rounded here.
     memories : list of Tensor, optional
         Per layer, (selections, blocks or fewer): what a call of one token remembers of the blocks, faded already.
+    shared : list of Tensor, optional
+        With `memories`: per layer, (blocks or fewer), what any layer remembers of them when this one chooses.
     """
     size, calls, previous = config.block_size, [], None
     first, num_blocks = start // size, -(-stop // size)
@@ -338,12 +341,14 @@ def run_call(
             of_all = None if of_all is None else settle(layer, 0, of_all)
         keys = stored.outline if stop - start == 1 else stored.full
         scores = block_scores(own, keys, config, factor, causal)
-        if memories is not None and stop - start == 1:
+        if memories is not None and shared is not None and stop - start == 1:
             for selection, held in enumerate(memories[layer]):
                 for block in range(num_blocks):
                     claims = [held[block]] if block < len(held) else []
                     if 1 < block <= len(held):
                         claims.append(config.step_ahead * held[block - 1])
+                    if block < len(shared[layer]):
+                        claims.append(config.step_across * shared[layer][block])
                     scores[selection, 0, block] = max([scores[selection, 0, block], *(claim**2 for claim in claims)])
         rows = transition_rows(scores, config)
         walk = rows.clone()

@@ -28,7 +28,7 @@ from sketch_walk.kernels import attend_selected
 from sketch_walk.layout import make_layout
 from sketch_walk.scoring import _sketch_queries
 from sketch_walk.sketch import Sketch
-from sketch_walk.state import LayerSketch
+from sketch_walk.state import LayerSketch, SharedMemory
 from tensors import QKV, block_mask, layers
 
 LAYERS = 3
@@ -477,13 +477,31 @@ def test_attention_over_a_given_selection(case: Case) -> None:
             assert error <= 1e-5 * max(1.0, largest), f"sequence {sequence}: {error:.2e} in float32"
 
 
+def padded(held: Tensor, like: Tensor) -> Tensor:
+    """What is remembered of as many blocks as `like` has."""
+    return torch.nn.functional.pad(held, (0, like.shape[-1] - held.shape[-1]))
+
+
+def known_to_all(memories: list[Tensor], noted: list[Tensor], first_step: bool) -> list[Tensor]:
+    """What any layer remembers when each of them chooses: those before it have noted what they found in this step, and
+    those behind it look back only after it in the first one.
+    """
+    shared = []
+    for layer, held in enumerate(memories):
+        seen = [*(memories[: layer + 1] if first_step else memories), *noted[:layer]]
+        like = noted[0] if noted else held
+        shared.append(torch.stack([padded(x, like).amax(0) for x in seen]).amax(0))
+    return shared
+
+
 @pytest.mark.parametrize("case", CASES[:: max(1, len(CASES) // 16)])
 def test_call_on_top_of_earlier_calls(case: Case) -> None:
     """A prompt in two unaligned chunks, then single tokens: rows of R and selections of every call."""
     config, stack = case.config, case.stack()
     batch, _, _, tokens, _ = case.shape
     cuts = [0, tokens // 2 - 3, tokens - 3, tokens - 2, tokens - 1, tokens]
-    states = [LayerSketch(config) for _ in stack]
+    shared: dict[torch.device, SharedMemory] = {}
+    states = [LayerSketch(config, shared=shared) for _ in stack]
     memories = [[torch.zeros(1, 0, dtype=torch.float64) for _ in stack] for _ in range(batch)]
     steps_from = cuts[2]
     for start, stop in itertools.pairwise(cuts):
@@ -502,9 +520,15 @@ def test_call_on_top_of_earlier_calls(case: Case) -> None:
                 selections = results[0].selection.per_head().indices.shape[1]
                 memories[sequence] = [restatement.look_back(*pair, start, selections, config) for pair in pairs]
             memories[sequence] = [held * config.step_memory ** (stop - start) for held in memories[sequence]]
+            noted = []
+            if remembers and start >= steps_from:
+                for (query, key), result in zip(pairs, results, strict=True):
+                    mask = block_mask(result.selection.per_head().indices[sequence], -(-stop // config.block_size))
+                    noted.append(restatement.shares(query[:, stop - 1], key[:, :stop], mask[:, -1], config))
             calls = restatement.run_call(
                 pairs, config, start, stop, sketches=sketches, settle=settle,
                 memories=memories[sequence] if remembers else None,
+                shared=known_to_all(memories[sequence], noted, start == steps_from),
             )  # fmt: skip
             deltas: list[float] = []
             for layer, call in enumerate(calls):
@@ -525,12 +549,7 @@ def test_call_on_top_of_earlier_calls(case: Case) -> None:
                 chosen = block_mask(indices, call.walk.shape[-1])
                 assert_same_selection(chosen, call, config, budget)
                 if remembers and start >= steps_from:
-                    query, key = pairs[layer]
-                    found = restatement.shares(query[:, stop - 1], key[:, :stop], chosen[:, -1], config)
-                    held = memories[sequence][layer]
-                    older = torch.zeros_like(found)
-                    older[:, : held.shape[1]] = held
-                    memories[sequence][layer] = torch.maximum(found, older)
+                    memories[sequence][layer] = torch.maximum(noted[layer], padded(memories[sequence][layer], noted[0]))
 
 
 @pytest.mark.parametrize("head_mode", ["shared", "per_kv_head", "mean"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from dataclasses import replace
 
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 from sketch_walk import SketchWalkConfig, kernels, sketch_walk_attention
-from sketch_walk.layout import Layout, make_layout
+from sketch_walk.layout import make_layout
 from sketch_walk.look_back import look_back
-from sketch_walk.memory import fade, recall
+from sketch_walk.memory import note, recall
 from sketch_walk.scoring import call_scores
-from sketch_walk.state import LayerSketch
+from sketch_walk.state import LayerSketch, SharedMemory
 
 CONFIG = SketchWalkConfig(block_size=16, top_k_blocks=4, query_sub_block=4, key_sub_block=4, dense_below=0)
 TRITON = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Shares that differ by 0.3 %.
+TOKENS_APART = 0.003 / math.log(1 / 0.9)
 needs_triton = pytest.mark.skipif(not TRITON, reason="needs a GPU or TRITON_INTERPRET=1")
 
 
@@ -44,6 +47,20 @@ def prompt(q: Tensor, k: Tensor, v: Tensor, end: int, config: SketchWalkConfig, 
     return state
 
 
+def remembered(state: LayerSketch, end: int, *, shared: bool = False) -> Tensor:
+    """What is remembered of the blocks of the only sequence in the eyes of the token before `end`."""
+    assert state.memory is not None
+    assert state.shared is not None
+    stamps = state.shared.memory[0] if shared else state.memory[0, 0]
+    return state.config.step_memory ** (end - 1 - stamps)
+
+
+def full_marks(state: LayerSketch, block: int, end: int) -> None:
+    """The token before `end` gave all its attention to `block`, as far as the layer remembers."""
+    assert state.memory is not None
+    state.memory[:, :, block] = end - 1
+
+
 def true_shares(q: Tensor, k: Tensor, end: int, blocks: Tensor) -> Tensor:
     """Share of each block of `blocks` in the attention of token end - 1 over them alone, greatest over heads."""
     keys = k[0].repeat_interleave(q.shape[1] // k.shape[1], 0)[:, :end]
@@ -56,13 +73,14 @@ def true_shares(q: Tensor, k: Tensor, end: int, blocks: Tensor) -> Tensor:
 def test_a_step_notes_the_true_shares_of_what_it_read() -> None:
     q, k, v = tensors(200)
     state = prompt(q, k, v, 190, CONFIG, leaves=False)
-    assert state.memory is not None
     result = step(state, q, k, v, 191, CONFIG)
     read = result.selection.indices[0, 0].long()
-    torch.testing.assert_close(state.memory[0, 0, read], true_shares(q, k, 191, read))
-    others = torch.ones(state.memory.shape[2], dtype=torch.bool, device=DEVICE)
-    others[read] = False
-    assert not state.memory[0, 0, others].any()
+    for shared in (False, True):
+        held = remembered(state, 191, shared=shared)
+        torch.testing.assert_close(held[read], true_shares(q, k, 191, read))
+        others = torch.ones(len(held), dtype=torch.bool, device=DEVICE)
+        others[read] = False
+        assert not held[others].any()
 
 
 def test_what_was_useful_is_read_again_and_fades() -> None:
@@ -70,59 +88,75 @@ def test_what_was_useful_is_read_again_and_fades() -> None:
     found, missed = prompt(q, k, v, 190, CONFIG, leaves=False), prompt(q, k, v, 190, replace(CONFIG, step_memory=0.0))
     assert missed.memory is None
     unread = [b for b in range(12) if b not in step(missed, q, k, v, 191, CONFIG).selection.indices[0, 0].tolist()]
-    assert found.memory is not None
-    found.memory[0, 0, unread[0]] = 1.0
+    full_marks(found, unread[0], 190)
     first = step(found, q, k, v, 191, CONFIG)
     assert unread[0] in first.selection.indices[0, 0].tolist()
     assert first.walk[0, 0, 0, unread[0]].item() == pytest.approx(0.9**2)
-    # Its true share is small, and the claim has faded.
-    assert found.memory[0, 0, unread[0]].item() == pytest.approx(0.9)
+    # Its true share is small: the claim fades.
+    assert remembered(found, 191)[unread[0]].item() == pytest.approx(0.9)
     for end in range(192, 201):
         step(found, q, k, v, end, CONFIG)
-    assert found.memory[0, 0, unread[0]] < 0.9**9 + 0.2
+    assert remembered(found, 200)[unread[0]] < 0.9**9 + 0.2
 
 
 def test_the_block_behind_a_useful_one_is_read_too() -> None:
     """But not the one behind the attention sink, nor one behind the last."""
     layout = make_layout(1, 1, 75, torch.device("cpu"))
-    memory = torch.tensor([[[0.9, 0.0, 0.4, 0.1, 0.2, 0.0]]])
-    scores = recall(memory, torch.zeros(1, 1, 1, 5), layout, replace(CONFIG, step_ahead=0.5))
+    own, shared = nothing(1, 1, 6)
+    note(own, shared, torch.tensor([0.9, 0.0, 0.4, 0.1, 0.2]).view(1, 1, 1, 5), torch.tensor([[73]]), CONFIG)
+    shared.fill_(-torch.inf)
+    scores = recall(own, shared, torch.zeros(1, 1, 1, 5), layout, replace(CONFIG, step_ahead=0.5))
     torch.testing.assert_close(scores.flatten(), (0.9 * torch.tensor([0.9, 0.0, 0.4, 0.2, 0.2])).square())
-    torch.testing.assert_close(memory.flatten(), 0.9 * torch.tensor([0.9, 0.0, 0.4, 0.1, 0.2, 0.0]))
     q, k, v = tensors(200)
     state = prompt(q, k, v, 190, CONFIG, leaves=False)
     plain = prompt(q, k, v, 190, CONFIG, leaves=False)
     read = step(plain, q, k, v, 191, CONFIG).selection.indices[0, 0].tolist()
     block = next(b for b in range(2, 10) if b not in read and b + 1 not in read)
-    assert state.memory is not None
-    state.memory[0, 0, block] = 1.0
+    full_marks(state, block, 190)
     result = step(state, q, k, v, 191, CONFIG)
     assert {block, block + 1} <= set(result.selection.indices[0, 0].tolist())
 
 
-def one_short(new: int) -> Layout:
-    """Two sequences of 40 positions, `new` of them the call's; the last one of the second sequence is padding."""
-    valid = torch.ones(2, 40, dtype=torch.bool)
-    valid[1, 39:] = False
-    return make_layout(2, new, 40, torch.device("cpu"), valid=valid)
+def nothing(batch: int, selections: int, slots: int) -> tuple[Tensor, Tensor]:
+    """A memory of a layer and one of all layers that remember nothing."""
+    return torch.full((batch, selections, slots), -torch.inf), torch.full((batch, slots), -torch.inf)
+
+
+def test_what_one_layer_found_the_others_read() -> None:
+    """In the same step, the layers behind it; and a part of what it is worth there."""
+    q, k, v = tensors(200)
+    shared: dict[torch.device, SharedMemory] = {}
+    first, second = (LayerSketch(CONFIG, shared=shared) for _ in range(2))
+    for state in (first, second):
+        sketch_walk_attention(q[:, :, :190], k[:, :, :190], v[:, :, :190], CONFIG, state=state, impl="reference")
+        state.unseen = False
+    assert first.shared is second.shared
+    assert (first.owns_shared, second.owns_shared) == (True, False)
+    plain = step(prompt(q, k, v, 190, CONFIG, leaves=False), q, k, v, 191, CONFIG).selection.indices[0, 0].tolist()
+    block = next(b for b in range(1, 11) if b not in plain)
+    # All keys of one block are the first layer's query: it gets all of its attention.
+    keys = k.clone()
+    keys[:, :, block * 16 : (block + 1) * 16] = 40 * q[:, :1, 190:191]
+    step(first, q, keys, v, 191, replace(CONFIG, top_k_blocks=12))
+    result = step(second, q, k, v, 191, replace(CONFIG, step_across=0.8))
+    assert block in result.selection.indices[0, 0].tolist()
+    assert result.walk[0, 0, 0, block].item() == pytest.approx(0.8**2, rel=1e-3)
+    assert block not in step(second, q, k, v, 191, replace(CONFIG, step_across=0.0)).selection.indices[0, 0].tolist()
 
 
 def test_every_new_token_fades_the_memory_of_its_own_sequence() -> None:
-    layout = one_short(3)
-    memory = torch.rand(2, 1, 4)
-    before = memory.clone()
-    fade(memory, layout, CONFIG)
-    torch.testing.assert_close(memory[0], before[0] * 0.9**3)
-    torch.testing.assert_close(memory[1], before[1] * 0.9**2)
-
-
-def test_a_sequence_without_a_new_token_remembers_as_before() -> None:
-    layout = one_short(1)
-    memory = torch.rand(2, 1, 4)
-    before = memory.clone()
-    recall(memory, torch.zeros(2, 1, 1, 3), layout, CONFIG)
-    torch.testing.assert_close(memory[0], before[0] * 0.9)
-    torch.testing.assert_close(memory[1], before[1])
+    """By rank, not by position: the last of 40 positions of the second sequence is padding."""
+    valid = torch.ones(2, 40, dtype=torch.bool)
+    valid[1, 39:] = False
+    own, shared = nothing(2, 1, 4)
+    shares = torch.rand(2, 4, 1, 3)
+    note(own, shared, shares, torch.tensor([[36], [36]]), CONFIG)
+    scores = recall(own, shared, torch.zeros(2, 1, 1, 3), make_layout(2, 3, 40, own.device, valid=valid), CONFIG)
+    expected = shares.amax((1, 2))
+    expected[:, 2] = torch.maximum(expected[:, 2], 0.9 * expected[:, 1])
+    expected = torch.maximum(expected, 0.9 * shares.amax((1, 2)))
+    torch.testing.assert_close(scores[0, 0, 0], (expected[0] * 0.9**3).square())
+    torch.testing.assert_close(scores[1, 0, 0], (expected[1] * 0.9**2).square())
 
 
 def as_if_steps(q: Tensor, k: Tensor, end: int, tokens: int = 16) -> Tensor:
@@ -155,20 +189,21 @@ def test_a_step_looks_back_over_every_block(end: int, capacity: int | None, chun
     for start, stop in itertools.pairwise(cuts):
         now = (q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop])
         sketch_walk_attention(*now, CONFIG, state=state, impl="reference")
-    assert state.memory is not None
     expected = as_if_steps(q, k, end)
     if capacity:
-        torch.testing.assert_close(state.memory[0, 0, : len(expected)], expected)
+        torch.testing.assert_close(remembered(state, end)[: len(expected)], expected)
+        torch.testing.assert_close(remembered(state, end, shared=True)[: len(expected)], expected)
     else:
-        assert not state.memory.any()
+        assert not remembered(state, end).any()
     if end < 16 and not capacity:
         expected = torch.zeros_like(expected)
     result = step(state, q, k, v, end + 1, CONFIG)
     expected = with_shares(expected, q, k, end + 1, result)
-    torch.testing.assert_close(state.memory[0, 0, : len(expected)], expected)
+    torch.testing.assert_close(remembered(state, end + 1)[: len(expected)], expected)
+    torch.testing.assert_close(remembered(state, end + 1, shared=True)[: len(expected)], expected)
     result = step(state, q, k, v, end + 2, CONFIG)
     expected = with_shares(expected, q, k, end + 2, result)
-    torch.testing.assert_close(state.memory[0, 0, : len(expected)], expected)
+    torch.testing.assert_close(remembered(state, end + 2)[: len(expected)], expected)
 
 
 def test_a_few_tokens_between_steps_look_back_once_in_sixteen() -> None:
@@ -178,8 +213,7 @@ def test_a_few_tokens_between_steps_look_back_once_in_sixteen() -> None:
     memory = with_shares(as_if_steps(q, k, 100), q, k, 101, step(state, q, k, v, 101, CONFIG))
     sketch_walk_attention(q[:, :, 101:105], k[:, :, :105], v[:, :, :105], CONFIG, state=state, impl="reference")
     memory = with_shares(memory * 0.9**4, q, k, 106, step(state, q, k, v, 106, CONFIG))
-    assert state.memory is not None
-    torch.testing.assert_close(state.memory[0, 0, :7], memory)
+    torch.testing.assert_close(remembered(state, 106)[:7], memory)
     sketch_walk_attention(q[:, :, 106:117], k[:, :, :117], v[:, :, :117], CONFIG, state=state, impl="reference")
     older = torch.zeros(8, device=DEVICE)
     older[:7] = memory * 0.9**11
@@ -188,7 +222,7 @@ def test_a_few_tokens_between_steps_look_back_once_in_sixteen() -> None:
     early = as_if_steps(q, k, 105, 4) * 0.9**12
     noted[: len(early)] = torch.maximum(noted[: len(early)], early)
     memory = with_shares(noted, q, k, 118, step(state, q, k, v, 118, CONFIG))
-    torch.testing.assert_close(state.memory[0, 0, :8], memory)
+    torch.testing.assert_close(remembered(state, 118)[:8], memory)
 
 
 def test_sequences_of_a_batch_look_back_each_by_itself() -> None:
@@ -210,7 +244,7 @@ def test_sequences_of_a_batch_look_back_each_by_itself() -> None:
         step(state, *alone, tokens, CONFIG)
         assert state.memory is not None
         torch.testing.assert_close(both.memory[sequence, :, :blocks], state.memory[0, :, :blocks])
-        assert (both.memory[sequence, :, :blocks] > 0).all()
+        assert both.memory[sequence, :, :blocks].isfinite().all()
 
 
 def test_a_call_without_a_lasting_state_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,8 +265,8 @@ def test_prompts_through_kernels_note_the_same(head_mode: str) -> None:
     expected, found = (state.memory for state in states)
     assert expected is not None
     assert found is not None
-    assert expected.any()
-    torch.testing.assert_close(found[..., :9], expected[..., :9], rtol=3e-3, atol=1e-5)
+    assert expected[..., :9].isfinite().all()
+    torch.testing.assert_close(found[..., :9], expected[..., :9], rtol=0, atol=TOKENS_APART)
 
 
 @needs_triton
@@ -294,7 +328,7 @@ def test_token_shares_of_an_impl_that_cannot() -> None:
 
 def test_slots_beyond_the_sequence_say_nothing() -> None:
     layout = make_layout(1, 1, 20, torch.device("cpu"))
-    scores = recall(torch.ones(1, 1, 4), torch.zeros(1, 1, 1, 3), layout, CONFIG)
+    scores = recall(torch.full((1, 1, 4), 18.0), torch.full((1, 4), 18.0), torch.zeros(1, 1, 1, 3), layout, CONFIG)
     assert scores.flatten().tolist() == pytest.approx([0.81, 0.81, 0.0])
 
 
@@ -316,36 +350,63 @@ def test_step_memory_is_checked(value: object) -> None:
         replace(CONFIG, step_memory=value)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["step_ahead", "step_across"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "0.5"])
-def test_step_ahead_is_checked(value: object) -> None:
-    with pytest.raises(ValueError, match="step_ahead"):
-        replace(CONFIG, step_ahead=value)  # type: ignore[arg-type]
+def test_parts_of_the_memory_are_checked(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        replace(CONFIG, **{name: value})  # type: ignore[arg-type]
 
 
 def test_crop_reorder_repeat_and_reset() -> None:
+    """Each comes to every layer; what the layers remember together follows once."""
     q, k, v = tensors(200, batch=2)
-    state = prompt(q, k, v, 190, CONFIG)
-    state.tokens = 190
-    assert state.memory is not None
-    state.memory.copy_(torch.rand(state.memory.shape))
-    before = state.memory.clone()
-    state.reorder(torch.tensor([1, 0]))
-    torch.testing.assert_close(state.memory, before.flip(0))
-    state.repeat(2)
-    torch.testing.assert_close(state.memory, before.flip(0).repeat_interleave(2, 0))
-    state.crop(100)
-    assert state.memory[:, :, :7].any()
-    assert not state.memory[:, :, 7:].any()
-    state.reset()
-    assert state.memory is None
+    shared: dict[torch.device, SharedMemory] = {}
+    states = [LayerSketch(CONFIG, shared=shared) for _ in range(2)]
+    for state in states:
+        sketch_walk_attention(q[:, :, :190], k[:, :, :190], v[:, :, :190], CONFIG, state=state, impl="reference")
+        state.tokens = 190
+
+    def memories() -> list[Tensor]:
+        assert states[0].shared is states[1].shared is not None
+        return [*(state.memory for state in states if state.memory is not None), states[0].shared.memory]
+
+    for memory in memories():
+        memory.copy_(190 * torch.rand(memory.shape))
+    before = [memory.clone() for memory in memories()]
+    assert len(before) == 3
+    for state in states:
+        state.reorder(torch.tensor([1, 0]))
+    for memory, old in zip(memories(), before, strict=True):
+        torch.testing.assert_close(memory, old.flip(0))
+    for state in states:
+        state.repeat(2)
+    for memory, old in zip(memories(), before, strict=True):
+        torch.testing.assert_close(memory, old.flip(0).repeat_interleave(2, 0))
+    for state in states:
+        state.crop(100)
+    for memory, old in zip(memories(), before, strict=True):
+        kept = old.flip(0).repeat_interleave(2, 0)[..., :7]
+        torch.testing.assert_close(memory[..., :7], kept.clamp(max=99))
+        assert (memory[..., 7:] == -torch.inf).all()
+    assert states[0].nbytes()["memory"] - states[1].nbytes()["memory"] == memories()[2].nbytes
+    for state in states:
+        state.reset()
+        assert state.memory is None
+        assert state.shared is None
+    assert not shared
+
+
+def test_reset_keeps_buffers_of_a_fixed_capacity() -> None:
+    q, k, v = tensors(60)
     fixed = LayerSketch(CONFIG, capacity=200)
-    sketch_walk_attention(q[:, :, :60], k[:, :, :60], v[:, :, :60], CONFIG, state=fixed, impl="reference")
+    sketch_walk_attention(q, k, v, CONFIG, state=fixed, impl="reference")
     assert fixed.memory is not None
-    fixed.memory.fill_(0.5)
-    address = fixed.memory.data_ptr()
+    assert fixed.shared is not None
+    addresses = [memory.data_ptr() for memory in (fixed.memory, fixed.shared.memory)]
     fixed.reset()
-    assert fixed.memory.data_ptr() == address
-    assert not fixed.memory.any()
+    assert [memory.data_ptr() for memory in (fixed.memory, fixed.shared.memory)] == addresses
+    assert not remembered(fixed, 60).any()
+    assert not remembered(fixed, 60, shared=True).any()
 
 
 def test_the_memory_grows_with_the_sequence() -> None:
@@ -356,8 +417,9 @@ def test_the_memory_grows_with_the_sequence() -> None:
     before = state.memory[:, :, :3].clone()
     sketch_walk_attention(q[:, :, 41:59], k[:, :, :59], v[:, :, :59], CONFIG, state=state, impl="reference")
     step(state, q, k, v, 60, CONFIG)
-    assert state.memory.shape[2] == state.num_blocks + 1
-    assert (state.memory[:, :, :3] >= 0.9**19 * before - 1e-6).all()
+    assert state.shared is not None
+    assert state.memory.shape[2] == state.shared.memory.shape[1] == state.num_blocks + 1
+    assert before.isfinite().all()
 
 
 @needs_triton
@@ -382,23 +444,32 @@ def test_kernels_remember_what_the_reference_remembers(
         look_back(state, k[:, :, :396], layout.length, layout, 32**-0.5, config, impl)
     assert expected.memory is not None
     assert found.memory is not None
-    assert expected.memory.any()
-    torch.testing.assert_close(found.memory, expected.memory, rtol=3e-3, atol=1e-5)
+    blocks = -(-396 // config.block_size)
+    assert expected.memory[..., :blocks].isfinite().all()
+    apart = TOKENS_APART * math.log(0.9) / math.log(config.step_memory)
+    torch.testing.assert_close(found.memory, expected.memory, rtol=0, atol=apart)
     for end in range(397, 402):
         # One past for both: a block within rounding of the cut would lead them apart.
+        assert expected.shared is not None
+        assert found.shared is not None
         found.memory.copy_(expected.memory)
+        found.shared.memory.copy_(expected.shared.memory)
         blocks = -(-end // config.block_size)
         want = step(expected, q, k, v, end, config)
-        recalled = found.memory[:, :, None, :blocks] * config.step_memory
-        recalled[..., 2:] = torch.maximum(recalled[..., 2:], recalled[..., 1:-1] * config.step_ahead)
+        own, shared = (config.step_memory ** (end - 1 - x[..., :blocks]) for x in (found.memory, found.shared.memory))
+        recalled = torch.maximum(own, shared[:, None] * config.step_across)
+        recalled[..., 2:] = torch.maximum(recalled[..., 2:], own[..., 1:-1] * config.step_ahead)
         have = step(found, q, k, v, end, config, impl="triton")
         assert have.impl == "triton"
         # From the codes that it made: those of the open block differ by rounding.
         layout = make_layout(batch, 1, end, q.device)
         scores = call_scores(found, q[:, :, end - 1 : end], layout, 32**-0.5, impl="reference")
-        torch.testing.assert_close(have.walk, torch.maximum(scores, recalled.square()), rtol=3e-2, atol=3e-3)
+        torch.testing.assert_close(
+            have.walk, torch.maximum(scores, recalled[:, :, None].square()), rtol=3e-2, atol=3e-3
+        )
         torch.testing.assert_close(have.selection.indices, want.selection.indices)
-        torch.testing.assert_close(found.memory[..., :blocks], expected.memory[..., :blocks], rtol=3e-3, atol=1e-5)
+        for mine, theirs in ((found.memory, expected.memory), (found.shared.memory, expected.shared.memory)):
+            torch.testing.assert_close(mine[..., :blocks], theirs[..., :blocks], rtol=0, atol=apart)
 
 
 @needs_triton
@@ -412,7 +483,7 @@ def test_gradients_leave_the_memory_right() -> None:
     assert v.grad is not None
     assert expected.memory is not None
     assert found.memory is not None
-    torch.testing.assert_close(found.memory, expected.memory, rtol=3e-3, atol=1e-5)
+    torch.testing.assert_close(found.memory, expected.memory, rtol=0, atol=TOKENS_APART)
 
 
 @pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=needs_triton)])
@@ -435,5 +506,5 @@ def test_a_padded_sequence_remembers_what_it_does_alone(impl: str) -> None:
         sketch_walk_attention(*calls, CONFIG, state=alone, impl=impl)
     assert alone.memory is not None
     assert both.memory is not None
-    assert alone.memory[0, 0, :4].any()
-    torch.testing.assert_close(both.memory[1, :, :4], alone.memory[0, :, :4], rtol=1e-4, atol=1e-6)
+    assert alone.memory[0, 0, :4].isfinite().all()
+    torch.testing.assert_close(both.memory[1, :, :4], alone.memory[0, :, :4], rtol=0, atol=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor
 from sketch_walk import SketchWalkAttention, create_sketch_walk_config, sketch_walk_attention
 from sketch_walk.bench.timing import capture
 from sketch_walk.extras import MissingExtraError
-from sketch_walk.kernels import attend, available, check_impl
+from sketch_walk.kernels import StepMemory, attend, available, check_impl
 from sketch_walk.kernels.dense import attend_filled
 from sketch_walk.kernels.reference import attend_selected as attend_reference
 from sketch_walk.layout import Layout, make_layout
@@ -256,7 +257,7 @@ def test_a_longer_selection_compiles_no_new_kernel(monkeypatch: pytest.MonkeyPat
     launches_taken = set()
     for selected in range(1, 600, 11):
         indices, counts = torch.zeros(1, 1, 1, selected, dtype=torch.int32), torch.ones(1, 1, 1, dtype=torch.int32)
-        memory = torch.zeros(1, 1, selected)
+        memory = StepMemory(torch.zeros(1, 1, selected), torch.zeros(1, selected), 0.9)
         triton_decode.decode(query, key, key, indices, counts, length, 64, 0.1, memory=memory, past=length)
         device = triton_decode.Device(132, 232448)
         launches_taken.add(triton_decode.decode_launch(1, 2, selected, 64, 64, 4, device).blocks)
@@ -280,8 +281,12 @@ def test_any_number_of_blocks_may_share_a_program(blocks: int, keys: int, block_
     )
     chosen = sketch_walk_attention(query, key, value, config, layout=layout, impl="reference").selection.per_head()
     assert (chosen.counts % blocks != 0).any()
-    held = 0.05 * torch.rand(2, 2 if per_head else 1, -(-1091 // block_size), device=DEVICE)
-    expected, found = held.clone(), held.clone()
+    slots = -(-1091 // block_size)
+    own, shared = (
+        2000 * torch.rand(2, 2 if per_head else 1, slots, device=DEVICE),
+        2000 * torch.rand(2, slots, device=DEVICE),
+    )
+    expected, found = (StepMemory(own.clone(), shared.clone(), 0.9) for _ in range(2))
     output = attend_reference(
         query, key, value, chosen.indices, chosen.counts, layout, block_size=block_size, scale=48**-0.5,
         memory=expected,
@@ -291,8 +296,11 @@ def test_any_number_of_blocks_may_share_a_program(blocks: int, keys: int, block_
         past=layout.past, launch=DecodeLaunch(blocks, keys),
     )  # fmt: skip
     torch.testing.assert_close(actual, output, atol=ERROR[torch.float32], rtol=0)
-    assert (expected != held).any()
-    torch.testing.assert_close(found, expected, rtol=1e-3 if DEVICE == "cpu" else ERROR[torch.float32], atol=1e-5)
+    tokens = (1e-3 if DEVICE == "cpu" else ERROR[torch.float32]) / math.log(1 / 0.9)
+    for mine, theirs, before in zip(found[:2], expected[:2], (own, shared), strict=True):
+        assert (theirs != before).any()
+        assert (theirs == before).any()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tokens)
 
 
 @pytest.mark.parametrize(

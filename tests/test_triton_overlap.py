@@ -14,7 +14,7 @@ from sketch_walk.bench.timing import capture
 from sketch_walk.kernels import available
 from sketch_walk.layout import make_layout
 from sketch_walk.scoring import absorb_keys
-from sketch_walk.state import LayerSketch
+from sketch_walk.state import LayerSketch, SharedMemory
 
 REASON = available()["triton"]
 if importlib.util.find_spec("triton") is not None:
@@ -99,7 +99,8 @@ def test_layers_of_a_graph_are_the_same_bits(block: int, tokens: int, monkeypatc
     assert triton_tiles.overlaps(key.device, 2 * 4) is triton_tiles._overlaps(key.device.index)
     queries = [torch.randn(2, 16, 1, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     layout = replace(make_layout(2, 1, tokens, key.device), bounds=None)
-    states = [LayerSketch(config, capacity=tokens) for _ in queries]
+    shared: dict[torch.device, SharedMemory] = {}
+    states = [LayerSketch(config, capacity=tokens, shared=shared) for _ in queries]
     for state, query in zip(states, queries, strict=True):
         absorb_keys(state, key, make_layout(2, tokens, tokens, key.device), query)
 
@@ -115,8 +116,8 @@ def test_layers_of_a_graph_are_the_same_bits(block: int, tokens: int, monkeypatc
     for overlaps in (real, lambda index: False):
         monkeypatch.setattr(triton_tiles, "_overlaps", overlaps)
         runs.append(capture(step, key.device))
-    memories = [state.memory for state in states if state.memory is not None]
-    assert len(memories) == len(states)
+    memories = [memory for state in states for memory in state.memories()]
+    assert len(memories) == len(states) + 1
     for end in range(tokens - 20, tokens + 1):
         layout.past.fill_(end - 1)
         layout.length.fill_(end)
@@ -124,7 +125,7 @@ def test_layers_of_a_graph_are_the_same_bits(block: int, tokens: int, monkeypatc
         for query in queries:
             query.normal_()
         found = []
-        held = [torch.rand_like(memory) * 1e-2 for memory in memories]
+        held = [torch.rand_like(memory) * end for memory in memories]
         # The overlapping launches first: the others leave nothing to wait for. Each remembers the same beforehand.
         for replay, result in runs:
             for memory, before in zip(memories, held, strict=True):

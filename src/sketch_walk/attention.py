@@ -17,7 +17,7 @@ from sketch_walk import kernels, masks
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.look_back import leave, look_back
-from sketch_walk.memory import fade, recall
+from sketch_walk.memory import recall
 from sketch_walk.scoring import absorb_keys, absorb_rows, call_scores, make_room, step_selection, step_with_triton
 from sketch_walk.selection import BlockSelection, row_counts, select_blocks
 from sketch_walk.state import LayerSketch, SketchState
@@ -134,11 +134,9 @@ def sketch_walk_attention(
                 scores = call_scores(state, query, layout, scale, causal, impl)
             else:
                 scores = score_with(query, key, config, layout=layout, scale=scale)
-            if remembers and state.memory is not None:
-                if num_queries == 1:
-                    scores = recall(state.memory, scores, layout, config)
-                else:
-                    fade(state.memory, layout, config)
+            memory = step_memory(state, config) if remembers and num_queries == 1 else None
+            if memory is not None:
+                scores = recall(memory.own, memory.shared, scores, layout, config)
             if combine_scores is not None:
                 scores = combine_scores(scores)
             rows = transition_rows(scores, config)
@@ -161,7 +159,7 @@ def sketch_walk_attention(
         causal=causal,
         bias=bias,
         mean_correction=config.mean_correction,
-        memory=state.memory if remembers and num_queries == 1 else None,
+        memory=step_memory(state, config) if remembers and num_queries == 1 else None,
         impl=impl,
     )
     if remembers and lasting and num_queries > 1 and state.memory is not None and query.numel():
@@ -179,12 +177,21 @@ def one_step(
     """
     blocks = -(-layout.max_length // config.block_size)
     counts = row_counts(config, blocks, query.device)
-    memory = (config.step_memory, config.step_ahead) if config.remembers else None
+    make_room(state, key, layout, query)
+    memory = step_memory(state, config) if config.remembers else None
     scores, *table = step_selection(state, query, key, layout, scale, counts, config.budget(blocks), memory)
     selection = BlockSelection(*table)
     if config.head_mode != "per_kv_head":
         selection = BlockSelection(selection.indices[:, 0], selection.counts[:, 0])
     return scores, selection
+
+
+def step_memory(state: LayerSketch, config: SketchWalkConfig) -> kernels.StepMemory | None:
+    """What steps remember in this layer and in all, as the kernels take it; None where the state was made without."""
+    if state.memory is None or state.shared is None:
+        return None
+    parts = (config.step_memory, config.step_ahead, config.step_across)
+    return kernels.StepMemory(state.memory, state.shared.memory, *parts)
 
 
 def select(

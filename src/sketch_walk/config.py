@@ -90,6 +90,9 @@ class SketchWalkConfig:
     step_ahead : float
         In [0, 1]. Of a block is remembered at least this times what is of the block before it: a passage that was
         useful may go on there. The first block's share, which is that of the attention sink, is not passed on.
+    step_across : float
+        In [0, 1]. Of a block is remembered at least this times what any layer remembers of it: where the sketch of one
+        layer misses a block, others' may not.
     query_keep : float
         Share of a block's sub-queries, per head, that take part in "peak" scores, in (0, 1]: those that differ most
         from the block's mean.
@@ -145,6 +148,7 @@ class SketchWalkConfig:
     query_contrast: float = 1.25
     step_memory: float = 0.9
     step_ahead: float = 0.9
+    step_across: float = 0.9
     block_score: str = "peak"
     query_keep: float = 0.5
     reduce: str = "max"
@@ -191,7 +195,7 @@ class SketchWalkConfig:
             value = getattr(self, name)
             if value is not None and not (_is_real(value) and 0.0 < value <= 1.0):
                 raise ValueError(f"{name} must be None or in (0, 1], got {value!r}")
-        for name in ("sink_density", "local_density"):
+        for name in ("sink_density", "local_density", "step_ahead", "step_across"):
             if not (_is_real(getattr(self, name)) and 0.0 <= getattr(self, name) <= 1.0):
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
         if self.density is not None and self.mass is not None:
@@ -208,8 +212,6 @@ class SketchWalkConfig:
             raise ValueError(f"query_contrast must be above 0, got {self.query_contrast!r}")
         if not (_is_real(self.step_memory) and 0.0 <= self.step_memory < 1.0):
             raise ValueError(f"step_memory must be in [0, 1), got {self.step_memory!r}")
-        if not (_is_real(self.step_ahead) and 0.0 <= self.step_ahead <= 1.0):
-            raise ValueError(f"step_ahead must be in [0, 1], got {self.step_ahead!r}")
         if not (_is_real(self.walk_beta) and 0.0 <= self.walk_beta < 1.0):
             raise ValueError(f"walk_beta must be in [0, 1), got {self.walk_beta!r}")
         for name in ("query_sub_block", "key_sub_block"):

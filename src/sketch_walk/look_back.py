@@ -8,6 +8,7 @@ one go.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,6 +67,7 @@ def look_back(
     step. Tokens whose queries are not kept were steps, or are gone.
     """
     assert state.memory is not None
+    assert state.shared is not None
     size, memory = config.block_size, state.memory
     age = torch.arange(LAST_TOKENS, device=key.device)
     rank = stop[:, None] - 1 - age
@@ -75,6 +77,9 @@ def look_back(
     counts = (-(-stop // size)).to(torch.int32)[:, None].expand(-1, memory.shape[1])
     shares = kernels.token_shares(queries, key, blocks, counts, rank, layout, block_size=size, scale=scale, impl=impl)
     # What tokens before these found no longer counts, unless some of these were steps.
-    memory.mul_((~(kept | (rank < 0)).all(1))[:, None, None])
-    note(memory, shares, torch.where(kept, age, -1), config)
+    afresh = (kept | (rank < 0)).all(1)
+    memory.masked_fill_(afresh[:, None, None], -math.inf)
+    if state.owns_shared:
+        state.shared.memory.masked_fill_(afresh[:, None], -math.inf)
+    note(memory, state.shared.memory, shares, torch.where(kept, rank, -1), config)
     state.looked(layout.num_keys)

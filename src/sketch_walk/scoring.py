@@ -167,16 +167,14 @@ def step_selection(
     scale: float,
     counts: tuple[Tensor, Tensor, Tensor],
     width: int,
-    memory: tuple[float, float] | None,
+    memory: kernels.StepMemory | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, indices and counts of one decode step: `absorb_keys`, `call_scores`, `sketch_walk.memory.recall` and the
-    selection in fewer kernels.
+    selection in fewer kernels. The state has room for the step (`make_room`).
 
-    `counts` are `sketch_walk.selection.row_counts`, `width` the greatest of the budgets. `memory` is how it fades and
-    what a block's successor has of it; None leaves it alone.
+    `counts` are `sketch_walk.selection.row_counts`, `width` the greatest of the budgets.
     """
     config = state.config
-    make_room(state, key, layout, query)
     codes, scales = state.read_keys(-(-layout.max_length // config.block_size))
     assert scales is not None
     return kernels.step_selection(
@@ -187,8 +185,7 @@ def step_selection(
         scales,
         rotation(query.shape[3], config, query.device, kernels.product_dtype()),
         counts,
-        state.memory if memory else None,
-        *(memory or (0.0, 0.0)),
+        memory,
         step=CLIP / KEY_LEVELS,
         scale=score_scale(query.shape[3], scale, config),
         width=width,

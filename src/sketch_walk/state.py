@@ -2,10 +2,10 @@
 
 Kept per layer: sketches of the keys; what share of attention each block got in the last steps, and the queries of a
 prompt's last tokens, with which a step looks back (`sketch_walk.look_back`); or, with a walk, the transition rows of
-complete blocks and the queries of the last tokens. Transition rows of a new block need the queries of the whole
-block, which no KV cache holds: the ring of recent queries covers the open block and `ROLLBACK` tokens more, so that a
-crop of up to that many tokens (speculative decoding) loses nothing. After a deeper crop into a block, that one row is
-made from the queries seen since.
+complete blocks and the queries of the last tokens. What steps remember is kept for all layers together as well.
+Transition rows of a new block need the queries of the whole block, which no KV cache holds: the ring of recent queries
+covers the open block and `ROLLBACK` tokens more, so that a crop of up to that many tokens (speculative decoding) loses
+nothing. After a deeper crop into a block, that one row is made from the queries seen since.
 
 Capacity grows with the sequence, in whole blocks; a state made with a fixed capacity never reallocates, which compiled
 graphs need. Buffers are made outside of inference mode, so that a prompt may be read in it and a step taken out of it.
@@ -13,6 +13,7 @@ graphs need. Buffers are made outside of inference mode, so that a prompt may be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,22 @@ if TYPE_CHECKING:
 ROLLBACK = 32
 # Tokens at the end of a prompt that leave something to the memory of steps: what the sixteenth left fades to a fifth.
 LAST_TOKENS = 16
+
+
+class SharedMemory:
+    """What steps of all layers on one device remember: float32, shape (batch, slots).
+
+    Every layer makes room in it and notes in it. The first one, which owns it, takes it along where cache operations
+    come to every layer.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.memory = _nothing(batch, 1, device=device)
+
+    def reserve(self, blocks: int) -> None:
+        """Make room for `blocks` blocks and a spare slot."""
+        if blocks >= self.memory.shape[1]:
+            self.memory = _grown(self.memory, blocks, 1, -math.inf)
 
 
 def packed_size(num_blocks: int) -> int:
@@ -49,11 +66,19 @@ class LayerSketch:
         Decides what is kept.
     capacity : int, optional
         Fixed number of tokens; None grows on demand.
+    shared : dict, optional
+        By device: what all layers remember together. The layers of a model take the same dict, empty at first.
     """
 
-    def __init__(self, config: SketchWalkConfig, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        config: SketchWalkConfig,
+        capacity: int | None = None,
+        shared: dict[torch.device, SharedMemory] | None = None,
+    ) -> None:
         self.config = config
         self.capacity = capacity
+        self.shared_by_device = {} if shared is None else shared
         self.num_blocks = 0
         # Positions of the (padded) sequences that the state has taken in, on the host; with a fixed capacity the caller
         # keeps count.
@@ -69,6 +94,8 @@ class LayerSketch:
         self.codes: Tensor | None = None
         self.scales: Tensor | None = None
         self.memory: Tensor | None = None
+        self.shared: SharedMemory | None = None
+        self.owns_shared = False
         self.rows: Tensor | None = None
         self.ring: Tensor | None = None
         self.ring_ranks: Tensor | None = None
@@ -109,7 +136,12 @@ class LayerSketch:
             self.scales = torch.zeros(batch, heads, blocks + 1, 2, device=device)
         selections = heads if config.head_mode == "per_kv_head" else 1
         if config.remembers:
-            self.memory = torch.zeros(batch, selections, blocks + 1, device=device)
+            self.memory = _nothing(batch, selections, blocks + 1, device=device)
+            self.owns_shared = device not in self.shared_by_device
+            if self.owns_shared:
+                self.shared_by_device[device] = SharedMemory(batch, device)
+            self.shared = self.shared_by_device[device]
+            self.shared.reserve(blocks)
         if config.uses_walk:
             self.rows = torch.zeros(batch, selections, 1, dtype=config.walk_state_dtype, device=device)
             self._make_ring(batch, *ring_shape, torch.float32 if self._averages_queries else dtype, device)
@@ -138,7 +170,9 @@ class LayerSketch:
         if self.scales is not None:
             self.scales = _grown(self.scales, blocks, dim=2)
         if self.memory is not None:
-            self.memory = _grown(self.memory, blocks, dim=2)
+            self.memory = _grown(self.memory, blocks, 2, -math.inf)
+        if self.shared is not None:
+            self.shared.reserve(blocks)
         self._grow_rows(blocks)
         self.num_blocks = blocks
 
@@ -288,9 +322,11 @@ class LayerSketch:
         self._crop_pending(tokens)
         if tokens < self.tokens:
             self.cropped = True
-            if self.memory is not None:
-                # Block by block: what was remembered of the block that is open again stays.
-                self.memory[:, :, -(-tokens // self.config.block_size) :] = 0
+            for memory in self.memories():
+                # Block by block: what was remembered of the block that is open again stays. No stamp is of a token
+                # that is gone.
+                memory.clamp_(max=tokens - 1)
+                memory[..., -(-tokens // self.config.block_size) :] = -math.inf
         self.looked_at = min(self.looked_at, tokens)
         self.tokens = min(self.tokens, tokens)
 
@@ -301,7 +337,14 @@ class LayerSketch:
             buffer = getattr(self, name)
             if buffer is not None:
                 setattr(self, name, buffer.index_select(0, index.to(buffer.device)))
+        if self.shared is not None and self.owns_shared:
+            self.shared.memory = self.shared.memory.index_select(0, index.to(self.shared.memory.device))
         self.pending = [queries.index_select(0, index.to(queries.device)) for queries in self.pending]
+
+    def memories(self) -> list[Tensor]:
+        """What steps remember, as far as it is this layer's to take along: stamps (`sketch_walk.memory`)."""
+        shared = self.shared.memory if self.shared is not None and self.owns_shared else None
+        return [memory for memory in (self.memory, shared) if memory is not None]
 
     def repeat(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times in place (sequence 0 first)."""
@@ -315,19 +358,22 @@ class LayerSketch:
         self.pending, self.pending_stop = [], 0
         self.unseen, self.looked_at, self.cropped = False, 0, False
         if self.capacity is not None and self.codes is not None:
-            if self.memory is not None:
-                self.memory.zero_()
+            for memory in self.memories():
+                memory.fill_(-math.inf)
             if self.ring_ranks is not None:
                 self.ring_ranks.fill_(-1)
             return
         self.num_blocks = 0
+        if self.owns_shared:
+            self.shared_by_device.clear()
+        self.shared, self.owns_shared = None, False
         self.codes = self.scales = self.memory = self.rows = self.ring = self.ring_ranks = None
 
     def nbytes(self) -> dict[str, int]:
         """Bytes held, by part: keys, memory of steps, rows, queries (ring and deferred)."""
         size = {
             "keys": _bytes((self.codes, self.scales)),
-            "memory": _bytes((self.memory,)),
+            "memory": _bytes(self.memories()),
             "rows": _bytes((self.rows,)),
             "queries": _bytes((self.ring, self.ring_ranks, *self.pending)),
         }
@@ -350,6 +396,7 @@ class SketchState:
     def __init__(self, config: SketchWalkConfig) -> None:
         self.config = config
         self.layers: dict[int, LayerSketch] = {}
+        self.shared: dict[torch.device, SharedMemory] = {}
         self.walk: Tensor | None = None
         self.last_layer = -1
 
@@ -359,7 +406,7 @@ class SketchState:
             self.walk = None
         self.last_layer = layer_idx
         if layer_idx not in self.layers:
-            self.layers[layer_idx] = LayerSketch(self.config)
+            self.layers[layer_idx] = LayerSketch(self.config, shared=self.shared)
         return self.layers[layer_idx]
 
     def crop(self, tokens: int) -> None:
@@ -382,7 +429,7 @@ class SketchState:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.layers = {}
+        self.layers, self.shared = {}, {}
         self._end_pass()
 
     def nbytes(self) -> dict[str, int]:
@@ -398,12 +445,17 @@ class SketchState:
         self.last_layer = -1
 
 
-def _grown(buffer: Tensor, size: int, dim: int) -> Tensor:
-    """`buffer` with `size` entries (and the spare one) along `dim`; the new ones are zero."""
+def _nothing(*shape: int, device: torch.device) -> Tensor:
+    """A memory of steps that remembers nothing."""
+    return torch.full(shape, -math.inf, device=device)
+
+
+def _grown(buffer: Tensor, size: int, dim: int, fill: float = 0.0) -> Tensor:
+    """`buffer` with `size` entries (and the spare one) along `dim`; the new ones are `fill`."""
     shape = list(buffer.shape)
     used = shape[dim] - 1
     shape[dim] = size + 1
-    grown = buffer.new_zeros(shape)
+    grown = buffer.new_full(shape, fill)
     grown.narrow(dim, 0, used).copy_(buffer.narrow(dim, 0, used))
     return grown
 

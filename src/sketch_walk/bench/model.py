@@ -7,6 +7,7 @@ each runs at its best. A decode step goes through a static cache that was filled
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -379,8 +380,7 @@ def _step(
         if sketch is not None:
             keys = layer.keys[:, :, :filled]
             absorb_keys(sketch, keys, make_layout(batch, filled, filled, options.device), heads)
-            if sketch.memory is not None:
-                memories.append(sketch.memory)
+            memories += sketch.memories()
     counters = [layer.cumulative_length for layer in cache.layers]
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab, (batch, 1), device=options.device, generator=generator)
@@ -391,7 +391,7 @@ def _step(
         # The step counted itself into the cache, in place, and remembers: take both back for the next repeat.
         torch._foreach_sub_(counters, 1)
         if memories:
-            torch._foreach_zero_(memories)
+            torch._foreach_sub_(memories, math.inf)
         return logits[:, -1]
 
     return call

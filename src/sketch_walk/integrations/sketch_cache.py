@@ -10,15 +10,18 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from sketch_walk.config import SketchWalkConfig
-from sketch_walk.state import LayerSketch
+from sketch_walk.state import LayerSketch, SharedMemory
+
+# What steps of a cache's layers remember together.
+Shared = dict[torch.device, SharedMemory]
 
 
 class SketchDynamicLayer(DynamicLayer):
     """A growing cache layer and its sketch."""
 
-    def __init__(self, sketch_config: SketchWalkConfig) -> None:
+    def __init__(self, sketch_config: SketchWalkConfig, shared: Shared) -> None:
         super().__init__()
-        self.sketch = LayerSketch(sketch_config)
+        self.sketch = LayerSketch(sketch_config, shared=shared)
 
     def reset(self) -> None:
         """Empty the layer."""
@@ -49,9 +52,9 @@ class SketchDynamicLayer(DynamicLayer):
 class SketchStaticLayer(StaticLayer):
     """A cache layer of fixed size and its sketch, both at fixed addresses."""
 
-    def __init__(self, max_cache_len: int, sketch_config: SketchWalkConfig) -> None:
+    def __init__(self, max_cache_len: int, sketch_config: SketchWalkConfig, shared: Shared) -> None:
         super().__init__(max_cache_len=max_cache_len)
-        self.sketch = LayerSketch(sketch_config, capacity=max_cache_len)
+        self.sketch = LayerSketch(sketch_config, capacity=max_cache_len, shared=shared)
 
     def reset(self) -> None:
         """Empty the layer, in place."""
@@ -82,17 +85,20 @@ def adopt(cache: Cache, config: SketchWalkConfig) -> None:
         raise ValueError(
             "past_key_values with offloading is not supported: sketches would stay behind; use offloading=False"
         )
+    held: list[Shared] = [layer.sketch.shared_by_device for layer in cache.layers if isinstance(layer, SketchLayer)]
+    shared = held[0] if held else {}
     if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = partial(SketchDynamicLayer, config)  # type: ignore[assignment]  # only called
+        made = partial(SketchDynamicLayer, config, shared)
+        cache.layer_class_to_replicate = made  # type: ignore[assignment]  # only called
     for index, layer in enumerate(cache.layers):
         if index < config.skip_first_n_layers or isinstance(layer, SketchLayer):
             continue
         if type(layer) is DynamicLayer:
-            cache.layers[index] = _with_attributes(SketchDynamicLayer(config), layer)
+            cache.layers[index] = _with_attributes(SketchDynamicLayer(config, shared), layer)
         elif type(layer) is StaticLayer:
             if layer.is_initialized and int(layer.get_seq_length()) > 0:
                 raise ValueError("past_key_values is a StaticCache that was filled before enable(); reset() it first")
-            cache.layers[index] = _with_attributes(SketchStaticLayer(layer.max_cache_len, config), layer)
+            cache.layers[index] = _with_attributes(SketchStaticLayer(layer.max_cache_len, config, shared), layer)
         elif "Quantized" in type(layer).__name__:
             raise ValueError(
                 f"past_key_values has {type(layer).__name__} layers, which sparse attention cannot read; "

@@ -25,7 +25,6 @@ from sketch_walk.config import SketchWalkConfig
 from sketch_walk.extras import require
 from sketch_walk.hadamard import sketch_matrix
 from sketch_walk.layout import Layout, make_layout
-from sketch_walk.memory import fade
 from sketch_walk.scoring import absorb_call, absorb_keys
 from sketch_walk.selection import block_density, pair_density, row_counts
 
@@ -512,11 +511,9 @@ def _take_in(
     else:
         absorb_call(sketch, pending, earlier, layout, scale, impl=impl)
     sketch.tokens = stop
-    if sketch.memory is not None:
-        fade(sketch.memory, layout, sketch.config)
-        if pending is not None and stop >= look_back.DENSE_FROM:
-            layout = make_layout(key.shape[0], pending.shape[2], stop, key.device, valid=valid)
-            look_back.leave(sketch, pending, earlier, layout, scale, sketch.config, impl)
+    if sketch.memory is not None and pending is not None and stop >= look_back.DENSE_FROM:
+        layout = make_layout(key.shape[0], pending.shape[2], stop, key.device, valid=valid)
+        look_back.leave(sketch, pending, earlier, layout, scale, sketch.config, impl)
 
 
 def _remember_dense_call(
@@ -526,10 +523,8 @@ def _remember_dense_call(
     sketch, num_queries, stop = layer.sketch, query.shape[2], key.shape[2]
     if isinstance(layer, SketchStaticLayer):
         absorb_call(sketch, query, key, layout, scale, impl=impl)
-        if sketch.memory is not None:
-            fade(sketch.memory, layout, sketch.config)
-            if num_queries > 1 and stop >= look_back.DENSE_FROM:
-                look_back.leave(sketch, query, key, layout, scale, sketch.config, impl)
+        if sketch.memory is not None and num_queries > 1 and stop >= look_back.DENSE_FROM:
+            look_back.leave(sketch, query, key, layout, scale, sketch.config, impl)
     elif look_back.defers(sketch.config, num_queries, stop):
         sketch.crop(stop - num_queries)
         sketch.defer(query, stop)

@@ -19,6 +19,7 @@ from sketch_walk.extras import MissingExtraError, is_installed
 from sketch_walk.kernels import flash_cute, reference
 from sketch_walk.kernels.dense import attend_dense
 from sketch_walk.kernels.reference import attend_selected
+from sketch_walk.kernels.step_memory import StepMemory
 from sketch_walk.layout import Layout
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def attend(
     causal: bool = True,
     bias: Float[Tensor, "batch one_or_heads num_queries num_keys"] | None = None,
     mean_correction: bool = False,
-    memory: Float[Tensor, "batch selections slots"] | None = None,
+    memory: StepMemory | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, str]:
     """Attention over the selected blocks, and the name of the kernel that computed it.
@@ -302,9 +303,7 @@ def step_selection(
     scales: Float[Tensor, "batch kv_heads blocks 2"],
     matrix: Float[Tensor, "head_dim width"],
     row_counts: tuple[Tensor, Tensor, Tensor],
-    memory: Float[Tensor, "batch selections slots"] | None,
-    step_memory: float,
-    step_ahead: float,
+    memory: StepMemory | None,
     *,
     step: float,
     scale: float,
@@ -338,9 +337,6 @@ def step_selection(
         kv_heads=codes.shape[1],
         per_head=config.head_mode == "per_kv_head",
         memory=memory,
-        past=layout.past,
-        fade=float(step_memory),
-        ahead=float(step_ahead),
         after_peaks=True,
     )
 
@@ -468,6 +464,7 @@ def _why_not_plain(causal: bool, bias: Tensor | None, mean_correction: bool) -> 
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "StepMemory",
     "attend",
     "attend_dense",
     "attend_selected",

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sketch_walk.kernels.step_memory import StepMemory
 from sketch_walk.layout import Layout, slice_bytes, take_tokens
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def attend_selected(
     causal: bool = True,
     bias: Float[Tensor, "batch one_or_heads num_queries num_keys"] | None = None,
     mean_correction: bool = False,
-    memory: Float[Tensor, "batch selections slots"] | None = None,
+    memory: StepMemory | None = None,
 ) -> Shaped[Tensor, "batch heads num_queries head_dim"]:
     """Exact softmax attention of each query block over its selected key blocks, causal inside the diagonal block.
 
@@ -43,10 +44,9 @@ def attend_selected(
         Added to the logits, -inf to hide.
     mean_correction : bool
         Each causal block that is not selected stands in as its mean key and value, log(count) added to its logit.
-    memory : torch.Tensor, optional
-        float32, one slot per block and a spare one. For one query per sequence: the share of attention that each block
-        it reads gets, among those, in the head that gives most, is noted where it is more than the slot holds. A query
-        that is padding notes nothing.
+    memory : StepMemory, optional
+        For one query per sequence: the share of attention that each block it reads gets, among those, in the head that
+        gives most, is noted where that is a later stamp than the slot holds. A query that is padding notes nothing.
 
     Returns
     -------
@@ -103,7 +103,7 @@ def attend_selected(
             mask = mask + _gathered_bias(bias, query_at, key_at, kv_heads, group).to(mask.dtype)
         if memory is not None:
             noted = torch.where(query_real[:, :, None], block, -1)
-            _remember_shares(memory, queries, keys.unflatten(0, (batch, rows)), mask, noted, scale)
+            _remember_shares(memory, queries, keys.unflatten(0, (batch, rows)), mask, noted, layout, scale)
         if means is not None:
             row_block = first[:, None] + torch.arange(lo, hi, device=device)
             extra = _mean_bias(block, row_block, layout, block_size, mask.dtype, causal)
@@ -183,20 +183,25 @@ def token_shares(
 
 
 def _remember_shares(
-    memory: Float[Tensor, "batch selections slots"],
+    memory: StepMemory,
     queries: Shaped[Tensor, "batch 1 kv_heads group 1 head_dim"],
     keys: Shaped[Tensor, "batch 1 kv_heads keys head_dim"],
     mask: Tensor,
     block: Int[Tensor, "batch 1 selections blocks"],
+    layout: Layout,
     scale: float,
 ) -> None:
-    """Note the shares of the blocks, -1 for none, in place."""
+    """Note stamps of the shares of the blocks, -1 for none, in place."""
     logits = (queries[..., 0, :] @ keys.transpose(-1, -2)).float() * scale + mask[..., 0, :].float()
     # [batch, kv_heads, group, blocks]
     shares = logits.softmax(-1).unflatten(-1, (block.shape[3], -1)).sum(-1)[:, 0]
     shares = shares.amax(2) if block.shape[2] > 1 else shares.amax((1, 2))[:, None]
-    slot = torch.where(block[:, 0] >= 0, block[:, 0], memory.shape[2] - 1)
-    memory.scatter_reduce_(2, slot, torch.where(block[:, 0] >= 0, shares, 0.0), "amax")
+    block = block[:, 0]
+    stamps = (layout.length - 1)[:, None, None] + shares.log2() * memory.tokens_per_power
+    stamps = torch.where(block >= 0, stamps, -math.inf)
+    for held, at, latest in ((memory.own, block, stamps), (memory.shared, block.flatten(1), stamps.flatten(1))):
+        slot = torch.where(at >= 0, at, held.shape[-1] - 1)
+        held.scatter_reduce_(-1, slot, latest, "amax")
 
 
 def _widths(counts: Int[Tensor, "batch selections rows"]) -> list[int]:

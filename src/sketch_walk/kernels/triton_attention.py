@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sketch_walk.kernels.step_memory import StepMemory
 from sketch_walk.kernels.triton_backward import SelectedAttention
 from sketch_walk.kernels.triton_decode import attend_paged, decode
 from sketch_walk.kernels.triton_prefill import prefill
@@ -18,7 +19,7 @@ from sketch_walk.kernels.triton_tiles import unsupported as supported
 from sketch_walk.layout import Layout
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Shaped
+    from jaxtyping import Int, Shaped
 
 
 def attend_selected(
@@ -31,7 +32,7 @@ def attend_selected(
     *,
     block_size: int,
     scale: float,
-    memory: Float[Tensor, "batch selections slots"] | None = None,
+    memory: StepMemory | None = None,
 ) -> Shaped[Tensor, "batch heads num_queries head_dim"]:
     """As `reference.attend_selected`, causal.
 

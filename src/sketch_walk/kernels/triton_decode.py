@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sketch_walk.kernels.step_memory import StepMemory
 from sketch_walk.kernels.triton_tiles import (
     HIDDEN,
     LOG2_E,
@@ -34,7 +35,7 @@ from sketch_walk.kernels.triton_tiles import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int, Shaped
+    from jaxtyping import Int, Shaped
 
 # Programs per multiprocessor below which a step does not fill a GPU.
 PROGRAMS_PER_PROCESSOR = 2
@@ -267,24 +268,27 @@ def _merged(
 
 @triton.jit
 def _remember(
-    memory, indices, masses, normaliser, count,
+    memory, shared, indices, masses, normaliser, count, rank, tokens_per_power,
     UNITS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One head's share of attention in each block it read, where that is more than is remembered of the block."""
+    """Stamps of one head's share of attention in each block it read, where they are later than what is remembered."""
     for first in range(0, count, BLOCKS):
         place = first + tl.arange(0, BLOCKS)
         kept = place < count
         unit = place[:, None] * UNITS + tl.arange(0, UNITS)[None, :]
         mass = tl.load(masses + unit, mask=kept[:, None], other=float("-inf"))
         share = tl.sum(tl.exp2(mass - normaliser), 1)
+        stamp = rank + tl.log2(tl.maximum(share, 1.1754944e-38)) * tokens_per_power
         block = tl.load(indices + place, mask=kept, other=0)
-        tl.atomic_max(memory + block, share, mask=kept, sem="relaxed")
+        tl.atomic_max(memory + block, stamp, mask=kept, sem="relaxed")
+        tl.atomic_max(shared + block, stamp, mask=kept, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _merge(
-    partial, output, masses, memory, indices, counts, past, length,
-    o_batch, o_head, i_batch, i_head, c_batch, c_head, m_batch, m_head, num_heads, num_splits, split_blocks,
+    partial, output, masses, memory, shared, indices, counts, past, length,
+    o_batch, o_head, i_batch, i_head, c_batch, c_head, m_batch, m_head, m_shared,
+    num_heads, num_splits, split_blocks, tokens_per_power,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, MERGED: tl.constexpr,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -299,7 +303,8 @@ def _merge(
     count = _num_selected(counts, length, sequence, selection, c_batch, c_head, BLOCK)
     noted = 0
     if memory is not None:
-        noted = tl.where(tl.load(past + sequence) < tl.load(length + sequence), count, 0)
+        end = tl.load(length + sequence)
+        noted = tl.where(tl.load(past + sequence) < end, count, 0)
     await_previous(PDL)
     used = (count + split_blocks - 1) // split_blocks
     start = (sequence.to(tl.int64) * num_heads + head) * num_splits
@@ -314,9 +319,11 @@ def _merge(
         _, best, total = _merged(partial, start, num_slots, used, num_splits, HEAD_DIM, PADDED_DIM, MERGED, False)
         _remember(
             memory + sequence.to(tl.int64) * m_batch + selection * m_head,
+            shared + sequence.to(tl.int64) * m_shared,
             indices + sequence.to(tl.int64) * i_batch + selection * i_head,
             masses + (sequence.to(tl.int64) * num_heads + head) * (num_splits * split_blocks * UNITS),
-            tl.max(best + tl.log2(tl.maximum(total, 1.1754944e-38)), 0), noted, UNITS, REMEMBERED,
+            tl.max(best + tl.log2(tl.maximum(total, 1.1754944e-38)), 0), noted, (end - 1).to(tl.float32),
+            tokens_per_power, UNITS, REMEMBERED,
         )  # fmt: skip
 
 
@@ -332,7 +339,7 @@ def decode(
     *,
     table: Int[Tensor, "batch entries"] | None = None,
     page_size: int = 0,
-    memory: Float[Tensor, "batch selections slots"] | None = None,
+    memory: StepMemory | None = None,
     past: Int[Tensor, " batch"] | None = None,
     launch: DecodeLaunch | None = None,
 ) -> Shaped[Tensor, "batch heads 1 head_dim"]:
@@ -347,8 +354,10 @@ def decode(
         `page_size`.
     table : torch.Tensor, optional
         Page of every `page_size` tokens; without a `page_size`, the position of every token.
-    memory, past : torch.Tensor, optional
-        As in `reference.attend_selected`; `past` is int64, the tokens before the query.
+    memory : StepMemory, optional
+        As in `reference.attend_selected`.
+    past : torch.Tensor, optional
+        int64, the tokens before the query; for a `memory`.
     launch : DecodeLaunch, optional
         Default: `decode_launch`.
     """
@@ -393,10 +402,14 @@ def decode(
         num_warps=launch.num_warps, num_stages=launch.num_stages, **pdl,
     )  # fmt: skip
     if not whole:
+        held: tuple[Tensor | None, ...] = (None, None)
+        held_strides, tokens_per_power = [0, 0, 0], 0.0
+        if memory is not None:
+            held, tokens_per_power = (memory.own, memory.shared), memory.tokens_per_power
+            held_strides = [*memory.own.stride()[:2], memory.shared.stride(0)]
         _merge[(heads if memory is None else 2 * heads, batch)](
-            partial, output, masses, memory, indices, counts, past, length,
-            *output.stride()[:2], *selection_strides, *((0, 0) if memory is None else memory.stride()[:2]), heads,
-            splits, launch.blocks,
+            partial, output, masses, *held, indices, counts, past, length,
+            *output.stride()[:2], *selection_strides, *held_strides, heads, splits, launch.blocks, tokens_per_power,
             GROUP=group, BLOCK=block_size, MERGED=MERGED[splits > MERGED[0]],
             HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=selections > 1, UNITS=units, num_warps=4,
             **pdl,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sketch_walk.kernels.step_memory import StepMemory
 from sketch_walk.kernels.triton_tiles import (
     Device,
     await_previous,
@@ -182,23 +183,22 @@ def _last_row(length, sequence, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _recalled(memory, column, available, past, length, sequence, fade, ahead):
-    """What is remembered of the blocks, which fades with a new token, and what scores they claim for it.
-
-    Who writes what is remembered back must wait for the others: they read it too.
-    """
-    fade = tl.where(tl.load(past + sequence) < tl.load(length + sequence), fade, 1.0)
-    held = tl.load(memory + column, mask=column < available, other=0.0) * fade
-    before = tl.load(memory + column - 1, mask=(column < available) & (column > 1), other=0.0) * fade
-    claimed = tl.maximum(held, ahead * before)
-    return held, claimed * claimed
+def _claims(memory, shared, column, available, rank, fade, ahead, across):
+    """Scores [COLUMNS] that blocks claim for what is remembered of them at a `rank`: `StepMemory.claims`."""
+    inside = column < available
+    own = tl.load(memory + column, mask=inside, other=float("-inf"))
+    before = tl.load(memory + column - 1, mask=inside & (column > 1), other=float("-inf"))
+    anywhere = tl.load(shared + column, mask=inside, other=float("-inf"))
+    rank = rank.to(tl.float32)
+    claims = tl.maximum((own - rank) * fade, (before - rank) * fade + ahead)
+    return tl.exp2(tl.maximum(claims, (anywhere - rank) * fade + across))
 
 
 @triton.jit(do_not_specialize=["width"])
 def _select(
-    scores, past, length, budget, sink, local, best, indices, counts, memory, seen,
-    s_batch, s_selection, s_row, s_part, m_batch, m_selection,
-    num_rows, num_selections, num_blocks, width, tail, fade, ahead,
+    scores, past, length, budget, sink, local, best, indices, counts, memory, shared,
+    s_batch, s_selection, s_row, s_part, m_batch, m_selection, m_shared,
+    num_rows, num_selections, num_blocks, width, tail, fade, ahead, across,
     BLOCK: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +218,9 @@ def _select(
     read, first_forced, last_forced = _limits(budget, sink, local, available)
     if memory is not None:
         memory += sequence * m_batch + selection.to(tl.int64) * m_selection
-        held, claimed = _recalled(memory, column, available, seen, length, sequence, fade, ahead)
+        shared += sequence * m_shared
+        rank = tl.load(length + sequence) - 1
+        claimed = _claims(memory, shared, column, available, rank, fade, ahead, across)
     await_previous(PDL)
     release_next(PDL)
     scores += sequence * s_batch + selection.to(tl.int64) * s_selection + index.to(tl.int64) * s_row
@@ -232,8 +234,6 @@ def _select(
             values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=column < available, other=0.0))
     if memory is not None:
         values = tl.maximum(values, claimed)
-        tl.debug_barrier()
-        tl.store(memory + column, held, mask=column < available)
     place = (sequence * num_selections + selection) * num_rows + index
     if PARTS > 1:
         tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
@@ -245,9 +245,9 @@ def _select(
 
 @triton.jit(do_not_specialize=["width"])
 def _from_peaks(
-    peaks, length, budget, sink, local, best, indices, counts, memory, seen,
-    p_batch, p_head, m_batch, m_selection,
-    num_blocks, width, fade, ahead,
+    peaks, length, budget, sink, local, best, indices, counts, memory, shared,
+    p_batch, p_head, m_batch, m_selection, m_shared,
+    num_blocks, width, fade, ahead, across,
     BLOCK: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr, PART_HEADS: tl.constexpr, TILE: tl.constexpr,
     COLUMNS: tl.constexpr, THRESHOLDS: tl.constexpr, FILL: tl.constexpr, CHOOSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -268,7 +268,9 @@ def _from_peaks(
         read, first_forced, last_forced = _limits(budget, sink, local, available)
         if memory is not None:
             memory += sequence * m_batch + selection.to(tl.int64) * m_selection
-            held, claimed = _recalled(memory, column, available, seen, length, sequence, fade, ahead)
+            shared += sequence * m_shared
+            rank = tl.load(length + sequence) - 1
+            claimed = _claims(memory, shared, column, available, rank, fade, ahead, across)
     await_previous(PDL)
     release_next(PDL)
     for at in range(first, end, TILE):
@@ -282,8 +284,6 @@ def _from_peaks(
         values = tl.maximum(values, tl.max(share, 0))
     if CHOOSE and (memory is not None):
         values = tl.maximum(values, claimed)
-        tl.debug_barrier()
-        tl.store(memory + column, held, mask=column < available)
     place = sequence * tl.num_programs(0) + part
     tl.store(best + place * num_blocks + column, values, mask=column < num_blocks)
     if CHOOSE:
@@ -354,7 +354,7 @@ def select_rows(
         launch = launch or select_launch(columns, counts.numel(), device_of(scores.device))
         _select[(rows, selections, batch)](
             scores, past, length, budget, sink, local, None, table, counts, None, None,
-            *scores.stride()[:3], 0, 0, 0, rows, selections, blocks, width, tail, 1.0, 0.0,
+            *scores.stride()[:3], 0, 0, 0, 0, rows, selections, blocks, width, tail, 0.0, 0.0, 0.0,
             BLOCK=block_size, PARTS=1, COLUMNS=columns, THRESHOLDS=launch.thresholds,
             FILL=next_power_of_2(width), PDL=False, num_warps=launch.num_warps,
         )  # fmt: skip
@@ -372,10 +372,7 @@ def select_from_peaks(
     block_size: int,
     kv_heads: int,
     per_head: bool,
-    memory: Float[Tensor, "batch selections slots"] | None = None,
-    past: Int[Tensor, " batch"] | None = None,
-    fade: float = 1.0,
-    ahead: float = 0.0,
+    memory: StepMemory | None = None,
     part_heads: int | None = None,
     after_peaks: bool = False,
     launch: SelectLaunch | None = None,
@@ -397,13 +394,8 @@ def select_from_peaks(
         Key/value heads; it divides the heads of `peaks`.
     per_head : bool
         One selection per key/value head instead of one for all heads.
-    memory, past : torch.Tensor, optional
-        With `sketch_walk.memory.recall`: float32, contiguous, of at least as many slots as blocks; faded in place where
-        a sequence is longer than `past`, int64. Slots beyond the last token's block are left alone.
-    fade : float
-        What is left of the memory after a token.
-    ahead : float
-        Part of what is remembered of a block that the next one claims.
+    memory : StepMemory, optional
+        With `sketch_walk.memory.recall`, of at least as many slots as blocks.
     part_heads : int, optional
         Heads of one program. At or above the heads of a selection one launch does everything; below, a second one takes
         the greatest of the parts and chooses. Default: `split_heads`.
@@ -426,7 +418,11 @@ def select_from_peaks(
     """
     shape = _parts(peaks, kv_heads, per_head, part_heads)
     _check(peaks, budget, sink, local, width)
-    held = (0, 0) if memory is None else memory.stride()[:2]
+    held: tuple[Tensor | None, ...] = (None, None)
+    strides, claims = (0, 0, 0), (0.0, 0.0, 0.0)
+    if memory is not None:
+        held, claims = (memory.own, memory.shared), memory.claims
+        strides = (memory.own.stride(0), memory.own.stride(1), memory.shared.stride(0))
     batch, blocks, selections, parts = peaks.shape[0], peaks.shape[2], shape.selections, shape.parts
     scores = peaks.new_empty(batch, selections, 1, blocks)
     table, counts = _page_table(peaks, 1, selections, width)
@@ -441,15 +437,15 @@ def select_from_peaks(
         "FILL": next_power_of_2(width),
     }  # fmt: skip
     _from_peaks[(selections * parts, batch)](
-        peaks, length, budget, sink, local, shares, table, counts, memory, past,
-        *peaks.stride()[:2], *held, blocks, width, fade, ahead,
+        peaks, length, budget, sink, local, shares, table, counts, *held,
+        *peaks.stride()[:2], *strides, blocks, width, *claims,
         HEADS=shape.heads, PART_HEADS=shape.part_heads, TILE=shape.tile, CHOOSE=parts == 1, **common,
         num_warps=max(shape.num_warps, launch.num_warps if parts == 1 else 1), **pdl,
     )  # fmt: skip
     if parts > 1:
         _select[(1, selections, batch)](
-            shares, None, length, budget, sink, local, scores, table, counts, memory, past,
-            *shares.stride()[:2], 0, shares.stride(2), *held, 1, selections, blocks, width, 0, fade, ahead,
+            shares, None, length, budget, sink, local, scores, table, counts, *held,
+            *shares.stride()[:2], 0, shares.stride(2), *strides, 1, selections, blocks, width, 0, *claims,
             **common, num_warps=launch.num_warps, **pdl,
         )  # fmt: skip
     return ScoredRows(scores, table, counts)
@@ -474,7 +470,7 @@ def scores_from_peaks(
     if shares.numel():
         _from_peaks[(shape.selections * shape.parts, batch)](
             peaks, None, None, None, None, shares, None, None, None, None,
-            *peaks.stride()[:2], 0, 0, blocks, 0, 1.0, 0.0,
+            *peaks.stride()[:2], 0, 0, 0, blocks, 0, 0.0, 0.0, 0.0,
             BLOCK=0, HEADS=shape.heads, PARTS=shape.parts, PART_HEADS=shape.part_heads, TILE=shape.tile,
             COLUMNS=next_power_of_2(blocks), THRESHOLDS=1, FILL=1, CHOOSE=False, PDL=False,
             num_warps=shape.num_warps,
