@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,19 @@ import transformers
 from tqdm import tqdm
 
 from sketch_walk import SketchWalkConfig
-from sketch_walk.evaluation.decode import DecodeScores, make_decode_workload, measure_decode, measure_dense_decode
+from sketch_walk.evaluation.decode import (
+    DecodeScores,
+    DecodeWay,
+    make_decode_workload,
+    measure_dense_decode,
+    measure_ways,
+)
 from sketch_walk.evaluation.statistics import mean_of, paired_difference
 from sketch_walk.integrations.models import load
 
 TASKS = ("prose", "multi_key")
 BASE: dict[str, Any] = {"min_blocks": 4, "dense_below": 0}
-# Ways to run a setting: name, what it changes, which calls are sparse. Dense steps come first: the others are held to
+# Ways to take the steps: name, what it changes, which calls are sparse. Dense steps come first: the others are held to
 # them.
 WAYS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("dense steps", {}, "prefill"),
@@ -39,16 +46,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "0.2, tail of 4": {"density": 0.2, "dense_tail_blocks": 4},
     "0.1, tail of 4": {"density": 0.1, "dense_tail_blocks": 4},
     "0.2, blocks of 128, tail of 2": {"density": 0.2, "block_size": 128, "dense_tail_blocks": 2},
+    "dense prompt, 0.2": {"density": 0.2},
 }
-# What each row changes, and which of its calls are sparse.
-ROWS: dict[str, tuple[dict[str, Any], str]] = {
-    **{
-        f"{setting}: {way}": ({**fields, **changes}, mode)
-        for setting, fields in SETTINGS.items()
-        for way, changes, mode in WAYS
-    },
-    **{f"dense prompt, 0.2: {way}": ({"density": 0.2, **changes}, "decode") for way, changes, _ in WAYS[1:]},
-}
+
+
+def ways_of(setting: str) -> dict[str, DecodeWay]:
+    """The rows of a setting. Dense steps after dense prompts are dense, which is a row of its own."""
+    config, dense = SketchWalkConfig(**BASE, **SETTINGS[setting]), setting.startswith("dense prompt")
+    return {
+        f"{setting}: {name}": DecodeWay("decode" if dense else mode, replace(config, **changes))
+        for name, changes, mode in WAYS[dense:]
+    }
 
 
 def joined(parts: list[DecodeScores]) -> dict[str, Any]:
@@ -65,10 +73,10 @@ def joined(parts: list[DecodeScores]) -> dict[str, Any]:
 
 
 def measure(lengths: list[int], samples: int, texts: int, new_tokens: int, names: list[str]) -> dict[str, Any]:
-    """The named rows, of every length."""
+    """The rows of the named settings, of every length."""
     loaded = load()
-    rows: dict[str, list[DecodeScores]] = {"dense": [], **{name: [] for name in names}}
-    with tqdm(total=len(lengths) * len(rows)) as bar:
+    rows: dict[str, list[DecodeScores]] = {"dense": []}
+    with tqdm(total=len(lengths) * (len(names) + 1)) as bar:
         for tokens in lengths:
             workload = make_decode_workload(
                 loaded.tokenizer, tokens, tasks=TASKS, samples=samples, texts=texts, new_tokens=new_tokens
@@ -77,9 +85,9 @@ def measure(lengths: list[int], samples: int, texts: int, new_tokens: int, names
             rows["dense"].append(dense.scores)
             bar.update()
             for name in names:
-                fields, mode = ROWS[name]
-                config = SketchWalkConfig(**BASE, **fields)
-                rows[name].append(measure_decode(loaded.model, workload, dense, config, modes=[mode])[mode])
+                config = SketchWalkConfig(**BASE, **SETTINGS[name])
+                for row, scores in measure_ways(loaded.model, workload, dense, config, ways_of(name)).items():
+                    rows.setdefault(row, []).append(scores)
                 bar.update()
     device = next(loaded.model.parameters()).device
     return {
@@ -137,14 +145,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--merge", type=Path, nargs="*", help="files of earlier runs to join instead of measuring")
     args = parser.parse_args()
     if args.merge:
         record = merged([json.loads(path.read_text(encoding="utf-8")) for path in args.merge])
     else:
         lengths = [int(x) for x in args.tokens.split(",")]
-        record = measure(lengths, args.samples, args.texts, args.new_tokens, args.rows)
+        record = measure(lengths, args.samples, args.texts, args.new_tokens, args.settings)
         record["command"] = "python benchmarks/answers.py " + shlex.join(sys.argv[1:])
     record["summary"] = summary(record["rows"])
     for name, row in record["summary"].items():

@@ -26,12 +26,14 @@ from sketch_walk.evaluation.ablation import (
 )
 from sketch_walk.evaluation.batched import in_parts, make_workload, measure
 from sketch_walk.evaluation.decode import (
+    DecodeWay,
     DecodeWorkload,
     DenseDecode,
     _until_end,
     make_decode_workload,
     measure_decode,
     measure_dense_decode,
+    measure_ways,
 )
 from sketch_walk.evaluation.statistics import mean_of, paired_difference
 from sketch_walk.integrations.models import LoadedModel, load
@@ -256,6 +258,31 @@ def test_full_budget_decodes_as_dense(
     assert scores.continuation_nll == pytest.approx(dense_decode.scores.continuation_nll, abs=1e-4)
     assert scores.agreement == [1.0] * 3
     assert scores.agreed_tokens == dense_decode.scores.agreed_tokens
+
+
+def test_ways_that_share_a_prompt_find_what_they_find_alone(
+    tiny: LoadedModel, decode_workload: DecodeWorkload, dense_decode: DenseDecode
+) -> None:
+    config = SketchWalkConfig(**{**SMALL, "density": None, "top_k_blocks": 3})
+    forgetful = replace(config, step_memory=0.0)
+    ways = {
+        "remembers": DecodeWay("both"),
+        "forgets": DecodeWay("both", forgetful),
+        "dense prompt": DecodeWay("decode"),
+    }
+    found = measure_ways(tiny.model, decode_workload, dense_decode, config, ways, batch=2)
+    assert list(found) == list(ways)
+    alone = {
+        "remembers": measure_decode(tiny.model, decode_workload, dense_decode, config, modes=["both"])["both"],
+        "forgets": measure_decode(tiny.model, decode_workload, dense_decode, forgetful, modes=["both"])["both"],
+        "dense prompt": measure_decode(tiny.model, decode_workload, dense_decode, config, modes=["decode"])["decode"],
+    }
+    for name, scores in alone.items():
+        assert found[name].nll["noise"] == pytest.approx(scores.nll["noise"], abs=1e-4)
+        assert found[name].continuation_nll == pytest.approx(scores.continuation_nll, abs=1e-4)
+        assert found[name].decode_density == pytest.approx(scores.decode_density, abs=0.02)
+        assert found[name].seconds > 0
+    assert found["remembers"].continuation_nll != found["forgets"].continuation_nll
 
 
 def test_continuations_count_up_to_their_end(tiny: LoadedModel) -> None:

@@ -19,7 +19,7 @@ EARLIER, EARLIER_TRITON = "yardstick_smollm2_4k_mass.json", "yardstick_smollm2_4
 SPEED, DECODE, GENERATION = "cpu_prompt.json", "cpu_decode.json", "cpu_generation.json"
 ANSWERS = "answers_smollm2.json"
 # Fields of a config that say nothing to a prompt.
-STEP_FIELDS = ("step_memory", "step_ahead")
+STEP_FIELDS = ("step_memory", "step_ahead", "step_across")
 GPU_CUTE, MEMORY, SELECTOR = "gpu_cute.json", "gpu_memory.json", "gpu_selector.json"
 # Of `sketch-walk bench attention`.
 PREFILL, TRITON, STEP = "gpu_prefill.json", "gpu_prefill_triton.json", "gpu_decode.json"

@@ -3,11 +3,13 @@
 from sketch_walk.evaluation.batched import Scores, Workload, make_workload, measure
 from sketch_walk.evaluation.decode import (
     DecodeScores,
+    DecodeWay,
     DecodeWorkload,
     DenseDecode,
     make_decode_workload,
     measure_decode,
     measure_dense_decode,
+    measure_ways,
 )
 from sketch_walk.evaluation.needles import TASKS, NeedleSample, Task, make_sample
 from sketch_walk.evaluation.oracle import oracle_scores
@@ -21,6 +23,7 @@ __all__ = [
     "SELECTORS",
     "TASKS",
     "DecodeScores",
+    "DecodeWay",
     "DecodeWorkload",
     "DenseDecode",
     "Difference",
@@ -43,6 +46,7 @@ __all__ = [
     "measure_decode",
     "measure_dense_decode",
     "measure_selection",
+    "measure_ways",
     "observe_selection",
     "oracle",
     "oracle_scores",

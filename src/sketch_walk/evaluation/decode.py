@@ -7,8 +7,10 @@ continuation leaves dense's own exactly where the first forced token is not the 
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -66,6 +68,7 @@ class DecodeScores:
     impls : list of str
         Kernels that attended in sparse layers.
     seconds : float
+        Of prompts and steps; a prompt that several ways share counts for each of them.
     """
 
     hits: dict[str, list[float]] = field(default_factory=dict)
@@ -85,6 +88,25 @@ class DenseDecode:
 
     scores: DecodeScores
     continuations: list[list[int]]
+
+
+class DecodeWay(NamedTuple):
+    """How steps follow a prompt.
+
+    Parameters
+    ----------
+    mode : {"both", "prefill", "decode"}
+        Which calls are sparse: prompts and steps, prompts alone, steps alone.
+    config : SketchWalkConfig, optional
+        Of the steps, where it differs from the prompt's in what only steps read.
+    """
+
+    mode: str
+    config: SketchWalkConfig | None = None
+
+
+# Makes a model attend some way until it is left, and tells by which handle; None is the model as it is.
+_Attending = Callable[[], "AbstractContextManager[SketchWalkHandle | None]"]
 
 
 class _Steps(NamedTuple):
@@ -130,11 +152,15 @@ def measure_dense_decode(model: PreTrainedModel, workload: DecodeWorkload, batch
     """
     size = check_run(batch, None, model.device, workload.needles.tokens)
     begin = time.perf_counter()
-    parts = in_parts(
-        len(workload.texts), size, lambda part: _steps(model, workload.texts[part], workload.new_tokens).best.tolist()
-    )
-    continuations = [tokens for _, found in parts for tokens in found]
-    scores = _run(model, workload, continuations, None, size)
+
+    def continued(part: slice) -> list[list[int]]:
+        cache, logits = _read(model, workload.texts[part])
+        found: list[list[int]] = _steps(model, cache, logits, workload.new_tokens).best.tolist()
+        return found
+
+    continuations = [tokens for _, found in in_parts(len(workload.texts), size, continued) for tokens in found]
+    scores = DecodeScores()
+    _run(model, workload, continuations, nullcontext, {"dense": nullcontext}, {"dense": scores}, size)
     scores.seconds = time.perf_counter() - begin
     return DenseDecode(scores, continuations)
 
@@ -172,6 +198,29 @@ def measure_decode(
     ValueError, TypeError
         As `enable` and `selector`, if `batch` is below 1, or `dense` is of another workload.
     """
+    ways = {mode: DecodeWay(mode) for mode in modes}
+    return measure_ways(model, workload, dense, config, ways, selector_name=selector_name, impl=impl, batch=batch)
+
+
+def measure_ways(
+    model: PreTrainedModel,
+    workload: DecodeWorkload,
+    dense: DenseDecode,
+    config: SketchWalkConfig,
+    ways: Mapping[str, DecodeWay],
+    *,
+    selector_name: str | ScoreFunction = SKETCH,
+    impl: str = "auto",
+    batch: int | None = None,
+) -> dict[str, DecodeScores]:
+    """As `measure_decode`, of any named ways to take the steps. Ways that read a prompt alike share its forward pass;
+    each takes its steps with a copy of the cache.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `measure_decode`.
+    """
     from sketch_walk.integrations.transformers import enable
 
     size = check_run(batch, None, model.device, workload.needles.tokens)
@@ -179,12 +228,23 @@ def measure_decode(
         raise ValueError(
             f"dense has {len(dense.continuations)} continuations; workload has {len(workload.texts)} texts"
         )
-    results = {}
-    for mode in modes:
-        with enable(model, config, mode=mode, impl=impl) as handle, selector(handle, selector_name):
-            begin = time.perf_counter()
-            results[mode] = _run(model, workload, dense.continuations, handle, size)
-            results[mode].seconds = time.perf_counter() - begin
+
+    def attending(way: DecodeWay) -> _Attending:
+        @contextmanager
+        def attend() -> Iterator[SketchWalkHandle]:
+            with (
+                enable(model, way.config or config, mode=way.mode, impl=impl) as handle,
+                selector(handle, selector_name),
+            ):
+                yield handle
+
+        return attend
+
+    results = {name: DecodeScores() for name in ways}
+    for mode in ("both", "decode"):
+        alike = {name: attending(way) for name, way in ways.items() if (way.mode == "decode") == (mode == "decode")}
+        if alike:
+            _run(model, workload, dense.continuations, attending(DecodeWay(mode)), alike, results, size)
     return results
 
 
@@ -192,62 +252,93 @@ def _run(
     model: PreTrainedModel,
     workload: DecodeWorkload,
     continuations: list[list[int]],
-    handle: SketchWalkHandle | None,
+    prompt: _Attending,
+    ways: Mapping[str, _Attending],
+    results: dict[str, DecodeScores],
     size: int,
-) -> DecodeScores:
-    scores, needles = DecodeScores(), workload.needles
-    prefill, decode = Densities(), Densities()
+) -> None:
+    """Score steps of some ways after prompts that they share; fills in `results`."""
+    needles = workload.needles
+    prefill, decode = Densities(), {name: Densities() for name in ways}
 
-    def forced(prompts: Tensor, targets: Tensor, part: slice) -> _Steps:
-        if handle is not None:
-            # Recording waits for the device in every layer: the first batch alone.
-            handle.record = part.start == 0
-            handle.calls.clear()
-        steps = _steps(model, prompts[part], targets.shape[1], targets[part])
-        if handle is not None:
-            prefill.add([call for call in handle.calls if call.query_length > 1], len(steps.best))
-            decode.add([call for call in handle.calls if call.query_length == 1], len(steps.best))
-        return steps
+    def forced(prompts: Tensor, targets: Tensor, part: slice) -> dict[str, _Steps]:
+        begin = time.perf_counter()
+        # Recording waits for the device in every layer: the first batch alone.
+        first = part.start == 0
+        with _recorded(prompt, prefill, first, len(prompts[part])):
+            cache, logits = _read(model, prompts[part])
+        shared = time.perf_counter() - begin
+        found: dict[str, _Steps] = {}
+        for name, attend in ways.items():
+            begin = time.perf_counter()
+            own = copy.deepcopy(cache) if len(found) + 1 < len(ways) else cache
+            with _recorded(attend, decode[name], first, len(prompts[part])):
+                found[name] = _steps(model, own, logits, targets.shape[1], targets[part])
+            results[name].seconds += shared + time.perf_counter() - begin
+        return found
 
-    for task in needles.tasks:
-        scores.hits[task], scores.nll[task] = [0.0] * needles.samples, [0.0] * needles.samples
+    for name in ways:
+        for task in needles.tasks:
+            results[name].hits[task], results[name].nll[task] = [0.0] * needles.samples, [0.0] * needles.samples
     for group in needles.groups:
-        for part, steps in in_parts(len(group.order), size, partial(forced, group.prompts, group.answers)):
-            hits, losses = steps.agrees.all(1).float().tolist(), steps.loss.mean(1).tolist()
-            for i, hit, loss in zip(group.order[part], hits, losses, strict=True):
-                scores.hits[group.task][i], scores.nll[group.task][i] = hit, loss
+        for part, found in in_parts(len(group.order), size, partial(forced, group.prompts, group.answers)):
+            for name, steps in found.items():
+                hits, losses = steps.agrees.all(1).float().tolist(), steps.loss.mean(1).tolist()
+                for i, hit, loss in zip(group.order[part], hits, losses, strict=True):
+                    results[name].hits[group.task][i], results[name].nll[group.task][i] = hit, loss
     if continuations:
         targets = torch.tensor(continuations)
         counted = _until_end(targets, model)
-        for part, steps in in_parts(len(targets), size, partial(forced, workload.texts, targets)):
-            real = counted[part].to(steps.loss.device)
-            count = real.sum(1)
-            agrees = steps.agrees & real
-            scores.continuation_nll += ((steps.loss * real).sum(1) / count).tolist()
-            scores.agreement += (agrees.sum(1) / count).tolist()
-            scores.agreed_tokens += agrees.int().cumprod(1).sum(1).tolist()
-    scores.prefill_density, scores.decode_density = prefill.means()[0], decode.means()[0]
-    scores.impls = sorted(prefill.impls | decode.impls)
-    return scores
+        for part, found in in_parts(len(targets), size, partial(forced, workload.texts, targets)):
+            for name, steps in found.items():
+                real = counted[part].to(steps.loss.device)
+                count = real.sum(1)
+                agrees = steps.agrees & real
+                scores = results[name]
+                scores.continuation_nll += ((steps.loss * real).sum(1) / count).tolist()
+                scores.agreement += (agrees.sum(1) / count).tolist()
+                scores.agreed_tokens += agrees.int().cumprod(1).sum(1).tolist()
+    for name in ways:
+        results[name].prefill_density, results[name].decode_density = prefill.means()[0], decode[name].means()[0]
+        results[name].impls = sorted(prefill.impls | decode[name].impls)
+
+
+@contextmanager
+def _recorded(attend: _Attending, densities: Densities, record: bool, batch: int) -> Iterator[None]:
+    """Attend some way; with `record`, `densities` takes in what was read."""
+    with attend() as handle:
+        if handle is not None:
+            handle.record = record
+        yield
+        if handle is not None:
+            densities.add(handle.calls, batch)
 
 
 @torch.inference_mode()
-def _steps(
-    model: PreTrainedModel, prompts: Int[Tensor, "batch tokens"], count: int, forced: Tensor | None = None
-) -> _Steps:
-    """`count` tokens after the prompts, one call each: the `forced` ones, or the arg max."""
-    network, device = cast("Any", model), model.device
-    ids, cache, targets = prompts.to(device), None, None if forced is None else forced.to(device)
+def _read(model: PreTrainedModel, prompts: Int[Tensor, "batch tokens"]) -> tuple[Any, Tensor]:
+    """Cache of the prompts, and logits of the tokens behind them."""
+    network = cast("Any", model)
+    output = network(input_ids=prompts.to(model.device), use_cache=True, logits_to_keep=1)
+    return output.past_key_values, output.logits[:, -1:].float()
+
+
+@torch.inference_mode()
+def _steps(model: PreTrainedModel, cache: Any, logits: Tensor, count: int, forced: Tensor | None = None) -> _Steps:
+    """`count` tokens after a prompt, of which the first has `logits`, one call each: the `forced` ones, or the arg
+    max.
+    """
+    network, targets = cast("Any", model), None if forced is None else forced.to(model.device)
     best, agrees, losses = [], [], []
     for i in range(count):
-        output = network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logits = output.past_key_values, output.logits[:, -1:].float()
         chosen = logits.argmax(-1)
         ids = chosen if targets is None else targets[:, i : i + 1]
         agree, loss = judge(logits, ids)
         best.append(chosen)
         agrees.append(agree)
         losses.append(loss)
+        if i + 1 < count:
+            output = network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits = output.logits[:, -1:].float()
     return _Steps(torch.cat(best, 1), torch.cat(agrees, 1), torch.cat(losses, 1))
 
 
