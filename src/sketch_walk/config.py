@@ -148,7 +148,7 @@ class SketchWalkConfig:
     query_contrast: float = 1.25
     step_memory: float = 0.9
     step_ahead: float = 0.9
-    step_across: float = 0.9
+    step_across: float = 0.7
     block_score: str = "peak"
     query_keep: float = 0.5
     reduce: str = "max"
