@@ -25,6 +25,7 @@ from sketch_walk import SketchWalkConfig
 from sketch_walk.evaluation.decode import (
     DecodeScores,
     DecodeWay,
+    DenseDecode,
     make_decode_workload,
     measure_dense_decode,
     measure_ways,
@@ -33,6 +34,7 @@ from sketch_walk.evaluation.statistics import mean_of, paired_difference
 from sketch_walk.integrations.models import load
 
 TASKS = ("prose", "multi_key")
+DENSE = "dense"
 BASE: dict[str, Any] = {"min_blocks": 4, "dense_below": 0}
 # Ways to take the steps: name, what it changes, which calls are sparse. Dense steps come first: the others are held to
 # them.
@@ -75,16 +77,21 @@ def joined(parts: list[DecodeScores]) -> dict[str, Any]:
 def measure(lengths: list[int], samples: int, texts: int, new_tokens: int, names: list[str]) -> dict[str, Any]:
     """The rows of the named settings, of every length."""
     loaded = load()
-    rows: dict[str, list[DecodeScores]] = {"dense": []}
-    with tqdm(total=len(lengths) * (len(names) + 1)) as bar:
+    rows: dict[str, list[DecodeScores]] = {}
+    settings = [name for name in names if name != DENSE]
+    # Steps are held to dense's own continuations, where there are any.
+    with_dense = DENSE in names or texts > 0
+    with tqdm(total=len(lengths) * (len(settings) + with_dense)) as bar:
         for tokens in lengths:
             workload = make_decode_workload(
                 loaded.tokenizer, tokens, tasks=TASKS, samples=samples, texts=texts, new_tokens=new_tokens
             )
-            dense = measure_dense_decode(loaded.model, workload)
-            rows["dense"].append(dense.scores)
-            bar.update()
-            for name in names:
+            dense = DenseDecode(DecodeScores(), [])
+            if with_dense:
+                dense = measure_dense_decode(loaded.model, workload)
+                rows.setdefault(DENSE, []).append(dense.scores)
+                bar.update()
+            for name in settings:
                 config = SketchWalkConfig(**BASE, **SETTINGS[name])
                 for row, scores in measure_ways(loaded.model, workload, dense, config, ways_of(name)).items():
                     rows.setdefault(row, []).append(scores)
@@ -116,6 +123,7 @@ def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
                     mine[field][task] += row[field][task]
             for field in ("continuation_nll", "agreement"):
                 mine[field] += row[field]
+    whole["command"] = "; ".join(record["command"] for record in records)
     return whole
 
 
@@ -123,13 +131,14 @@ def summary(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Means of every row, and what dense steps do to it."""
     result = {}
     for name, row in rows.items():
-        base = rows.get(f"{name.partition(': ')[0]}: {WAYS[0][0]}", rows["dense"])
+        base = rows.get(f"{name.partition(': ')[0]}: {WAYS[0][0]}", rows.get(DENSE))
         result[name] = {
             **{f"{task}_hits": mean_of(row["hits"][task])._asdict() for task in TASKS},
             **{f"{task}_nll": mean_of(row["nll"][task])._asdict() for task in TASKS},
             **{
                 f"{task}_hits_against_dense_steps": paired_difference(row["hits"][task], base["hits"][task])._asdict()
                 for task in TASKS
+                if base
             },
             "continuation_nll": mean_of(row["continuation_nll"])._asdict() if row["continuation_nll"] else None,
             "agreement": mean_of(row["agreement"])._asdict() if row["agreement"] else None,
@@ -145,7 +154,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="SETTING")
+    names = [DENSE, *SETTINGS]
+    parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="SETTING", help=", ".join(names))
     parser.add_argument("--merge", type=Path, nargs="*", help="files of earlier runs to join instead of measuring")
     args = parser.parse_args()
     if args.merge:

@@ -418,7 +418,7 @@ def test_the_memory_grows_with_the_sequence() -> None:
     sketch_walk_attention(q[:, :, 41:59], k[:, :, :59], v[:, :, :59], CONFIG, state=state, impl="reference")
     step(state, q, k, v, 60, CONFIG)
     assert state.shared is not None
-    assert state.memory.shape[2] == state.shared.memory.shape[1] == state.num_blocks + 1
+    assert state.memory.shape[2] == state.shared.memory.shape[1] > state.num_blocks
     assert before.isfinite().all()
 
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 ROLLBACK = 32
 # Tokens at the end of a prompt that leave something to the memory of steps: what the sixteenth left fades to a fifth.
 LAST_TOKENS = 16
+# Of 4 bytes each: what GPUs load several of at once starts at such a multiple.
+ALIGNED_SLOTS = 16
 
 
 class SharedMemory:
@@ -40,12 +42,12 @@ class SharedMemory:
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
-        self.memory = _nothing(batch, 1, device=device)
+        self.memory = _nothing(batch, ALIGNED_SLOTS, device=device)
 
     def reserve(self, blocks: int) -> None:
         """Make room for `blocks` blocks and a spare slot."""
         if blocks >= self.memory.shape[1]:
-            self.memory = _grown(self.memory, blocks, 1, -math.inf)
+            self.memory = _grown(self.memory, _memory_slots(blocks) - 1, 1, -math.inf)
 
 
 def packed_size(num_blocks: int) -> int:
@@ -136,7 +138,7 @@ class LayerSketch:
             self.scales = torch.zeros(batch, heads, blocks + 1, 2, device=device)
         selections = heads if config.head_mode == "per_kv_head" else 1
         if config.remembers:
-            self.memory = _nothing(batch, selections, blocks + 1, device=device)
+            self.memory = _nothing(batch, selections, _memory_slots(blocks), device=device)
             self.owns_shared = device not in self.shared_by_device
             if self.owns_shared:
                 self.shared_by_device[device] = SharedMemory(batch, device)
@@ -169,8 +171,8 @@ class LayerSketch:
         self.codes = _grown(self.codes, blocks, dim=2)
         if self.scales is not None:
             self.scales = _grown(self.scales, blocks, dim=2)
-        if self.memory is not None:
-            self.memory = _grown(self.memory, blocks, 2, -math.inf)
+        if self.memory is not None and blocks >= self.memory.shape[2]:
+            self.memory = _grown(self.memory, _memory_slots(blocks) - 1, 2, -math.inf)
         if self.shared is not None:
             self.shared.reserve(blocks)
         self._grow_rows(blocks)
@@ -443,6 +445,11 @@ class SketchState:
     def _end_pass(self) -> None:
         self.walk = None
         self.last_layer = -1
+
+
+def _memory_slots(blocks: int) -> int:
+    """Slots of a memory of steps: one per block and a spare one at least, so many that rows are aligned."""
+    return -(-(blocks + 1) // ALIGNED_SLOTS) * ALIGNED_SLOTS
 
 
 def _nothing(*shape: int, device: torch.device) -> Tensor:

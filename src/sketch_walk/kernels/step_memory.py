@@ -20,7 +20,7 @@ class StepMemory(NamedTuple):
     Parameters
     ----------
     own : torch.Tensor
-        The layer's stamps: float32, contiguous, shape (batch, selections, slots), a slot per block and a spare one.
+        The layer's stamps: float32, contiguous, shape (batch, selections, slots), a slot per block and more.
     shared : torch.Tensor
         Of all layers and selections: float32, contiguous, shape (batch, slots).
     fade : float

@@ -43,6 +43,8 @@ FIRST_SINK = tl.constexpr(0x7FFFFFFE)
 LOCAL = tl.constexpr(0x7FFFFFFF)
 BEYOND = tl.constexpr(2**31)
 FINITE = tl.constexpr(-1.0e30)
+# Blocks that loads come in.
+ALIGNED = tl.constexpr(16)
 
 
 class SelectedRows(NamedTuple):
@@ -183,15 +185,24 @@ def _last_row(length, sequence, num_blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _claims(memory, shared, column, available, rank, fade, ahead, across):
+def _loaded(available, num_blocks):
+    """How many blocks of a row are loaded: at least the `available` ones, in steps that let a thread load several at
+    once, which a mask of any other number forbids.
+    """
+    return tl.minimum((available + ALIGNED - 1) // ALIGNED * ALIGNED, num_blocks)
+
+
+@triton.jit
+def _claims(memory, shared, column, available, num_blocks, rank, fade, ahead, across):
     """Scores [COLUMNS] that blocks claim for what is remembered of them at a `rank`: `StepMemory.claims`."""
-    inside = column < available
-    own = tl.load(memory + column, mask=inside, other=float("-inf"))
-    before = tl.load(memory + column - 1, mask=inside & (column > 1), other=float("-inf"))
-    anywhere = tl.load(shared + column, mask=inside, other=float("-inf"))
+    loaded = column < _loaded(available, num_blocks)
+    own = tl.load(memory + column, mask=loaded, other=float("-inf"))
+    before = tl.load(memory + column - 1, mask=(column < available) & (column > 1), other=float("-inf"))
+    anywhere = tl.load(shared + column, mask=loaded, other=float("-inf"))
     rank = rank.to(tl.float32)
     claims = tl.maximum((own - rank) * fade, (before - rank) * fade + ahead)
-    return tl.exp2(tl.maximum(claims, (anywhere - rank) * fade + across))
+    claims = tl.maximum(claims, (anywhere - rank) * fade + across)
+    return tl.where(column < available, tl.exp2(claims), 0.0)
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -220,18 +231,19 @@ def _select(
         memory += sequence * m_batch + selection.to(tl.int64) * m_selection
         shared += sequence * m_shared
         rank = tl.load(length + sequence) - 1
-        claimed = _claims(memory, shared, column, available, rank, fade, ahead, across)
+        claimed = _claims(memory, shared, column, available, num_blocks, rank, fade, ahead, across)
     await_previous(PDL)
     release_next(PDL)
     scores += sequence * s_batch + selection.to(tl.int64) * s_selection + index.to(tl.int64) * s_row
-    values = tl.load(scores + column, mask=column < available, other=0.0)
+    loaded = column < _loaded(available, num_blocks)
+    values = tl.load(scores + column, mask=loaded, other=0.0)
     if COLUMNS <= 4096:
         # All loads in flight at once; longer rows have no registers for that.
         for part in tl.static_range(1, PARTS):
-            values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=column < available, other=0.0))
+            values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=loaded, other=0.0))
     else:
         for part in range(1, PARTS):
-            values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=column < available, other=0.0))
+            values = tl.maximum(values, tl.load(scores + part * s_part + column, mask=loaded, other=0.0))
     if memory is not None:
         values = tl.maximum(values, claimed)
     place = (sequence * num_selections + selection) * num_rows + index
@@ -270,14 +282,15 @@ def _from_peaks(
             memory += sequence * m_batch + selection.to(tl.int64) * m_selection
             shared += sequence * m_shared
             rank = tl.load(length + sequence) - 1
-            claimed = _claims(memory, shared, column, available, rank, fade, ahead, across)
+            claimed = _claims(memory, shared, column, available, num_blocks, rank, fade, ahead, across)
     await_previous(PDL)
     release_next(PDL)
     for at in range(first, end, TILE):
         head = at + tl.arange(0, TILE)
         offsets = sequence * p_batch + head.to(tl.int64)[:, None] * p_head + column[None, :]
-        inside = (head < end)[:, None] & (column < available)[None, :]
-        tile = tl.load(peaks + offsets, mask=inside, other=float("-inf"))
+        loaded = (head < end)[:, None] & (column < _loaded(available, num_blocks))[None, :]
+        tile = tl.load(peaks + offsets, mask=loaded, other=float("-inf"))
+        tile = tl.where((column < available)[None, :], tile, float("-inf"))
         weight = tl.exp2(tile - tl.maximum(tl.max(tile, 1), FINITE)[:, None])
         total = tl.sum(weight, 1)
         share = weight * (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
