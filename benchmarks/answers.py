@@ -98,7 +98,7 @@ def measure(lengths: list[int], samples: int, texts: int, new_tokens: int, names
                 bar.update()
     device = next(loaded.model.parameters()).device
     return {
-        "what": "needle answers and dense's own continuations, one call per token",
+        "what": f"needle answers{' and dense continuations' if texts else ''}, one call per token",
         "model": "SmolLM2-135M-Instruct, bfloat16",
         "tokens": lengths,
         "seeds": f"0-{samples - 1} of each length",

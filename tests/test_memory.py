@@ -284,7 +284,7 @@ def test_prompts_through_kernels_note_the_same(head_mode: str) -> None:
 def test_token_shares_agree(
     heads: int, kv_heads: int, tokens: int, block_size: int, dim: int, dtype: torch.dtype, padded: bool
 ) -> None:
-    """Of every token that is one, over blocks in any number, among them blocks that lie past the token."""
+    """Of every token that is one, over all blocks, of which some lie past it."""
     generator = torch.Generator().manual_seed(0)
     length, sequences = 5 * block_size - 3, 2
     key = torch.randn(sequences, length, kv_heads, dim, generator=generator).to(DEVICE, dtype).transpose(1, 2)
@@ -296,21 +296,16 @@ def test_token_shares_agree(
     layout = make_layout(sequences, tokens, length, key.device, valid=valid if padded else None)
     ranks = (layout.length[:, None] - 1 - 2 * torch.arange(tokens, device=DEVICE)).contiguous()
     ranks[0, tokens // 2 :] = -1
-    selections = 1 if padded else kv_heads
-    counts = torch.tensor([3, 2], device=DEVICE, dtype=torch.int32)[:, None].expand(-1, selections)
-    indices = torch.tensor([[1, 3, 4, -1], [0, 3, -1, -1]], device=DEVICE, dtype=torch.int32)
-    indices = indices[:, None].repeat(1, selections, 1)
     shares = [
-        kernels.token_shares(
-            query, key, indices, counts, ranks, layout, block_size=block_size, scale=dim**-0.5, impl=impl
-        )
+        kernels.token_shares(query, key, ranks, layout, block_size=block_size, scale=dim**-0.5, impl=impl)
         for impl in ("reference", "triton")
     ]
-    assert shares[0].shape == (sequences, heads, tokens, 4)
-    assert not shares[0][0, :, :, 3].any()
+    assert shares[0].shape == (sequences, heads, tokens, 5)
     assert not shares[0][0, :, tokens // 2 :].any()
-    totals = shares[0][1, :, 0].sum(-1)
+    totals = shares[0][1].sum(-1)
     torch.testing.assert_close(totals, torch.ones_like(totals))
+    if padded:
+        assert not shares[0][1, :, :, -1].any()
     precision = {"rtol": 2e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 1e-3}
     torch.testing.assert_close(shares[1], shares[0], **precision)
 
@@ -318,12 +313,9 @@ def test_token_shares_agree(
 @needs_triton
 def test_token_shares_of_an_impl_that_cannot() -> None:
     q, k, _ = tensors(64)
-    table = torch.zeros(1, 1, 2, dtype=torch.int32, device=DEVICE), torch.ones(1, 1, dtype=torch.int32, device=DEVICE)
     layout = make_layout(1, 2, 64, k.device)
     with pytest.raises(ValueError, match="block_size 24"):
-        kernels.token_shares(
-            q[:, :, -2:], k, *table, layout.length[:, None], layout, block_size=24, scale=1.0, impl="triton"
-        )
+        kernels.token_shares(q[:, :, -2:], k, layout.length[:, None], layout, block_size=24, scale=1.0, impl="triton")
 
 
 def test_slots_beyond_the_sequence_say_nothing() -> None:

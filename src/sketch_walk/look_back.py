@@ -68,18 +68,14 @@ def look_back(
     """
     assert state.memory is not None
     assert state.shared is not None
-    size, memory = config.block_size, state.memory
     age = torch.arange(LAST_TOKENS, device=key.device)
     rank = stop[:, None] - 1 - age
     queries, kept = state.read_queries(rank)
-    blocks = torch.arange(-(-layout.max_length // size), dtype=torch.int32, device=key.device)
-    blocks = blocks.expand(*memory.shape[:2], -1)
-    counts = (-(-stop // size)).to(torch.int32)[:, None].expand(-1, memory.shape[1])
-    shares = kernels.token_shares(queries, key, blocks, counts, rank, layout, block_size=size, scale=scale, impl=impl)
+    shares = kernels.token_shares(queries, key, rank, layout, block_size=config.block_size, scale=scale, impl=impl)
     # What tokens before these found no longer counts, unless some of these were steps.
     afresh = (kept | (rank < 0)).all(1)
-    memory.masked_fill_(afresh[:, None, None], -math.inf)
+    state.memory.masked_fill_(afresh[:, None, None], -math.inf)
     if state.owns_shared:
         state.shared.memory.masked_fill_(afresh[:, None], -math.inf)
-    note(memory, state.shared.memory, shares, torch.where(kept, rank, -1), config)
+    note(state.memory, state.shared.memory, shares, torch.where(kept, rank, -1), config)
     state.looked(layout.num_keys)

@@ -141,15 +141,13 @@ def attend(
 def token_shares(
     query: Shaped[Tensor, "batch heads tokens head_dim"],
     key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
-    indices: Int[Tensor, "batch selections max_selected"],
-    counts: Int[Tensor, "batch selections"],
     ranks: Int[Tensor, "batch tokens"],
     layout: Layout,
     *,
     block_size: int,
     scale: float,
     impl: str = "auto",
-) -> Float[Tensor, "batch heads tokens max_selected"]:
+) -> Float[Tensor, "batch heads tokens blocks"]:
     """`reference.token_shares`, by its Triton kernel where that serves ("cute" has none of its own)."""
     impl = "auto" if impl == "cute" else impl
     if impl != "reference":
@@ -157,12 +155,10 @@ def token_shares(
         if reason is None:
             from sketch_walk.kernels import triton_shares
 
-            return triton_shares.token_shares(
-                query, key, indices, counts, ranks, layout, block_size=block_size, scale=scale
-            )
+            return triton_shares.token_shares(query, key, ranks, layout, block_size=block_size, scale=scale)
         if impl == "triton":
             raise ValueError(f"impl 'triton' cannot run this call: {reason}")
-    return reference.token_shares(query, key, indices, counts, ranks, layout, block_size=block_size, scale=scale)
+    return reference.token_shares(query, key, ranks, layout, block_size=block_size, scale=scale)
 
 
 def sketches_with_triton(impl: str, x: Tensor, config: SketchWalkConfig, width: int) -> bool:

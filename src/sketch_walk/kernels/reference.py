@@ -135,15 +135,13 @@ def attend_selected(
 def token_shares(
     query: Shaped[Tensor, "batch heads tokens head_dim"],
     key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
-    indices: Int[Tensor, "batch selections max_selected"],
-    counts: Int[Tensor, "batch selections"],
     ranks: Int[Tensor, "batch tokens"],
     layout: Layout,
     *,
     block_size: int,
     scale: float,
-) -> Float[Tensor, "batch heads tokens max_selected"]:
-    """Share of attention that a few tokens of a sequence give to each block of one row of a selection, among those.
+) -> Float[Tensor, "batch heads tokens blocks"]:
+    """Share of attention that a few tokens of a sequence give to each of its blocks.
 
     Parameters
     ----------
@@ -153,21 +151,18 @@ def token_shares(
     Returns
     -------
     torch.Tensor
-        float32; 0 beyond `counts`, and for tokens that see none of the blocks.
+        float32, for every block of the longest sequence; 0 for tokens of a negative rank.
     """
-    group, blocks = query.shape[1] // key.shape[1], indices.shape[2]
-    within = torch.arange(block_size, device=query.device)
-    selected = torch.arange(blocks, device=query.device) < counts[..., None]
+    group, blocks = query.shape[1] // key.shape[1], -(-layout.max_length // block_size)
     shares = query.new_empty(*query.shape[:3], blocks, dtype=torch.float32)
+    key_rank = torch.arange(blocks * block_size, device=query.device).expand(query.shape[0], -1)
+    held = key_rank < layout.length[:, None]
+    positions = layout.key_positions(key_rank)[:, None, None]
     # One head's keys at a time in a few runs, and some of the tokens: keys and logits of all could be as large as the
     # cache.
     some = max(1, slice_bytes(query, key) // (16 * max(1, len(query) * group * blocks * block_size)))
     run = max(block_size, -(-blocks * block_size // 4))
     for head in range(key.shape[1]):
-        own = head if indices.shape[1] > 1 else 0
-        key_rank = (indices[:, own, :, None].long() * block_size + within).flatten(1)
-        held = selected[:, own].repeat_interleave(block_size, 1) & (key_rank < layout.length[:, None])
-        positions = layout.key_positions(key_rank)[:, None, None]
         keys = key[:, head : head + 1]
         heads = slice(head * group, (head + 1) * group)
         for first in range(0, query.shape[2], some):

@@ -1,4 +1,4 @@
-"""Shares of attention in Triton: what each selected block gets from a few tokens of a sequence, from its keys alone."""
+"""Shares of attention in Triton: what each block gets from a few tokens of a sequence, from its keys alone."""
 
 from __future__ import annotations
 
@@ -25,30 +25,26 @@ from sketch_walk.layout import Layout
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, Shaped
 
-# Tokens and heads of one program, which are rows of its products, and the selected blocks that it reads.
+# Tokens and heads of one program, which are rows of its products, and the blocks that it reads.
 MOST_LANES = 64
 SPLIT_BLOCKS = 8
 # Of one tile of keys, as in decode.
 KEY_TILE_BYTES = 16384
 
 
-@triton.jit(do_not_specialize=["num_keys", "num_tokens", "num_slots", "i_batch", "i_head", "c_batch", "c_head"])
+@triton.jit(do_not_specialize=["num_keys", "num_tokens", "num_slots"])
 def _masses(
-    query, key, key_index, indices, counts, ranks, length, masses,
-    k_batch, k_head, k_token, i_batch, i_head, c_batch, c_head,
+    query, key, key_index, ranks, length, masses, k_batch, k_head, k_token,
     num_keys, num_tokens, num_slots, num_heads, scale_log2,
     GROUP: tl.constexpr, LANES: tl.constexpr, LANE_TILES: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
-    SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PER_HEAD: tl.constexpr,
-    INDEXED: tl.constexpr, WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, INDEXED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """log2 of the sum of the powers of each token's logits over every KEYS keys of SPLIT blocks, for heads of a group.
 
-    A lane is a token of a head. Slots of blocks that are not selected are left alone.
+    A lane is a token of a head. Slots of blocks beyond the sequence are left alone.
     """
     split, sequence = tl.program_id(0), tl.program_id(2)
     kv_head, lane_tile = tl.program_id(1) // LANE_TILES, tl.program_id(1) % LANE_TILES
-    selection = kv_head if PER_HEAD else 0
-    count = tl.load(counts + sequence * c_batch + selection * c_head)
     end = tl.load(length + sequence).to(tl.int32)
     lane = lane_tile * LANES + tl.arange(0, LANES)
     real = lane < GROUP * num_tokens
@@ -57,11 +53,10 @@ def _masses(
     dim = tl.arange(0, PADDED_DIM)
     queries = load_lanes(query, row * HEAD_DIM, dim, real, HEAD_DIM, WIDEN)
     key += sequence.to(tl.int64) * k_batch + kv_head.to(tl.int64) * k_head
-    indices += sequence.to(tl.int64) * i_batch + selection * i_head
     UNITS: tl.constexpr = BLOCK // KEYS
-    for unit in range(split * SPLIT * UNITS, tl.minimum(count, (split + 1) * SPLIT) * UNITS):
-        block = tl.load(indices + unit // UNITS)
-        key_rank = block * BLOCK + unit % UNITS * KEYS + tl.arange(0, KEYS)
+    blocks = tl.minimum((end + BLOCK - 1) // BLOCK, (split + 1) * SPLIT)
+    for unit in range(split * SPLIT * UNITS, blocks * UNITS):
+        key_rank = unit * KEYS + tl.arange(0, KEYS)
         held = key_rank < end
         at = positions(key_index, sequence, key_rank, end, num_keys, INDEXED)
         keys = load_tile(key, at, k_token, dim, held, HEAD_DIM, WIDEN)
@@ -81,29 +76,24 @@ def launch_sizes(rows: int, block_size: int, head_dim: int, element_size: int) -
 def token_shares(
     query: Shaped[Tensor, "batch heads tokens head_dim"],
     key: Shaped[Tensor, "batch kv_heads num_keys head_dim"],
-    indices: Int[Tensor, "batch selections max_selected"],
-    counts: Int[Tensor, "batch selections"],
     ranks: Int[Tensor, "batch tokens"],
     layout: Layout,
     *,
     block_size: int,
     scale: float,
-) -> Float[Tensor, "batch heads tokens max_selected"]:
+) -> Float[Tensor, "batch heads tokens blocks"]:
     """As `reference.token_shares`. No host synchronisation."""
     batch, heads, tokens, head_dim = query.shape
-    kv_heads, num_keys, max_selected = key.shape[1], key.shape[2], indices.shape[2]
+    kv_heads, num_keys, blocks = key.shape[1], key.shape[2], -(-layout.max_length // block_size)
     group = heads // kv_heads
     lanes, keys = launch_sizes(group * tokens, block_size, head_dim, key.element_size())
     lane_tiles, units = -(-group * tokens // lanes), block_size // keys
-    masses = torch.full(
-        (batch, heads, tokens, max_selected * units), HIDDEN.value, dtype=torch.float32, device=query.device
-    )
-    _masses[(-(-max_selected // SPLIT_BLOCKS), kv_heads * lane_tiles, batch)](
-        query.contiguous(), key, layout.key_index, indices, counts, ranks, layout.length, masses,
-        *key.stride()[:3], *indices.stride()[:2], *counts.stride()[:2],
-        num_keys, tokens, max_selected * units, heads, scale * LOG2_E,
+    masses = torch.full((batch, heads, tokens, blocks * units), HIDDEN.value, dtype=torch.float32, device=query.device)
+    _masses[(-(-blocks // SPLIT_BLOCKS), kv_heads * lane_tiles, batch)](
+        query.contiguous(), key, layout.key_index, ranks, layout.length, masses, *key.stride()[:3],
+        num_keys, tokens, blocks * units, heads, scale * LOG2_E,
         GROUP=group, LANES=lanes, LANE_TILES=lane_tiles, BLOCK=block_size, KEYS=keys, SPLIT=SPLIT_BLOCKS,
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim), PER_HEAD=indices.shape[1] > 1,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim(head_dim),
         INDEXED=layout.key_index is not None, WIDEN=interpreted(), num_warps=4,
     )  # fmt: skip
     shares = (masses / LOG2_E).softmax(-1).unflatten(-1, (-1, units)).sum(-1)
