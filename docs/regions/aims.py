@@ -11,7 +11,7 @@ from regions.models import span
 from regions.package import step_bytes
 from regions.quality import quality, run_of
 from regions.results import (
-    ANSWERS,
+    ANSWERS_SHARED,
     BASE,
     MILLION,
     MODEL_STEP,
@@ -116,21 +116,22 @@ def quality_aims() -> str:
 
 def step_aims() -> str:
     """Region: answers of sparse steps beside dense steps after the same sparse prompts; what is missed in bold."""
-    data = required(ANSWERS)
+    data = required(ANSWERS_SHARED)
+    tasks = next(iter(data["rows"].values()))["hits"]
     body = []
     for setting in ("0.2, tail of 4", "0.2"):
         row = data["summary"][f"{setting}: sparse steps"]
         cells = []
-        for task in data["rows"]["dense"]["hits"]:
+        for task in tasks:
             apart = row[f"{task}_hits_against_dense_steps"]
             points = f"{100 * apart['mean']:+.1f} ({100 * apart['low']:+.1f} to {100 * apart['high']:+.1f})"
             cells.append(judged(points, 100 * apart["mean"] >= -STEP_AIM))
         body.append([setting, f"at least -{STEP_AIM:g}", *cells])
     text = (
         "Needle answers of sparse steps, in points against dense steps after the same sparse prompts, with 95 % "
-        f"intervals of the paired difference (`{ANSWERS}`):"
+        f"intervals of the paired difference (`{ANSWERS_SHARED}`):"
     )
-    return wrapped(text) + "\n\n" + table(("density", "asked for", *data["rows"]["dense"]["hits"]), body)
+    return wrapped(text) + "\n\n" + table(("density", "asked for", *tasks), body)
 
 
 def gpu_aims() -> str:
