@@ -35,7 +35,6 @@ from regions.models import gpu_million, gpu_step, gpu_ttft
 from regions.package import commands, config_fields, state_bytes, state_promise, state_walk
 from regions.quality import (
     answers,
-    answers_shared,
     generation,
     knobs,
     knobs_earlier,
@@ -84,7 +83,6 @@ REGIONS: dict[str, Callable[[], str]] = {
     "cpu-decode": cpu_decode,
     "generation": generation,
     "answers": answers,
-    "answers-shared": answers_shared,
     "walk-finding": walk_finding,
     "pooling": pooling,
     "knobs": knobs,

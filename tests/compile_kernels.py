@@ -182,7 +182,7 @@ def peaks(target: Target, per_head: bool) -> int:
     constants = {
         "GROUP": group, "TILE_HEADS": group, "KEPT": KEPT, "TILE_ROWS": launch.rows // (group * KEPT),
         "ROWS": launch.rows, "TILE_BLOCKS": tile_blocks, "PER_BLOCK": PER_BLOCK, "KEY_SUB": 4, "COLUMNS": HEAD_DIM,
-        "CHUNK": triton_peaks.CHUNK, "PER_HEAD": per_head, "WIDEN": False,
+        "CHUNK": triton_peaks.CHUNK, "PER_HEAD": per_head, "WIDEN": False, "key_tiles": None,
     }  # fmt: skip
     unpack = {**PACKED, "TILE_BLOCKS": tile_blocks}
     size = compile_for(

@@ -313,11 +313,11 @@ def test_aims_of_quality_are_judged_by_the_runs(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_aims_of_steps_are_judged_by_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    data = stored.required(stored.ANSWERS_SHARED)
+    data = stored.required(stored.ANSWERS)
     monkeypatch.setattr(stored, "RESULTS", tmp_path)
     for points in (-1.9, -2.1):
         data["summary"]["0.2: sparse steps"]["prose_hits_against_dense_steps"]["mean"] = points / 100
-        (tmp_path / stored.ANSWERS_SHARED).write_text(json.dumps(data), encoding="utf-8")
+        (tmp_path / stored.ANSWERS).write_text(json.dumps(data), encoding="utf-8")
         line = next(line for line in regions.aims.step_aims().splitlines() if line.startswith("| 0.2 |"))
         assert (f"**{points:.1f} (" in line) is (points < -2)
 

@@ -11,7 +11,7 @@ from regions.models import span
 from regions.package import step_bytes
 from regions.quality import quality, run_of
 from regions.results import (
-    ANSWERS_SHARED,
+    ANSWERS,
     BASE,
     MILLION,
     MODEL_STEP,
@@ -116,7 +116,7 @@ def quality_aims() -> str:
 
 def step_aims() -> str:
     """Region: answers of sparse steps beside dense steps after the same sparse prompts; what is missed in bold."""
-    data = required(ANSWERS_SHARED)
+    data = required(ANSWERS)
     tasks = next(iter(data["rows"].values()))["hits"]
     body = []
     for setting in ("0.2, tail of 4", "0.2"):
@@ -129,7 +129,7 @@ def step_aims() -> str:
         body.append([setting, f"at least -{STEP_AIM:g}", *cells])
     text = (
         "Needle answers of sparse steps, in points against dense steps after the same sparse prompts, with 95 % "
-        f"intervals of the paired difference (`{ANSWERS_SHARED}`):"
+        f"intervals of the paired difference (`{ANSWERS}`):"
     )
     return wrapped(text) + "\n\n" + table(("density", "asked for", *tasks), body)
 

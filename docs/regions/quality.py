@@ -9,7 +9,6 @@ from typing import Any
 from regions.package import LENGTHS
 from regions.results import (
     ANSWERS,
-    ANSWERS_SHARED,
     BASE,
     EARLIER,
     EARLIER_TRITON,
@@ -207,18 +206,9 @@ def generation() -> str:
 
 def answers() -> str:
     """Region: answers given token by token, with and without a memory of steps."""
-    return _answers(ANSWERS)
-
-
-def answers_shared() -> str:
-    """Region: the same of the main settings, since layers share what they remember."""
-    return _answers(ANSWERS_SHARED)
-
-
-def _answers(name: str) -> str:
-    data = read(name)
+    data = read(ANSWERS)
     if data is None:
-        return wrapped(f"Not measured in this checkout yet (`benchmarks/results/{name}`).")
+        return wrapped(f"Not measured in this checkout yet (`benchmarks/results/{ANSWERS}`).")
     rows, means = data["rows"], data["summary"]
     some = next(iter(rows.values()))
     texts, tasks = len(some["continuation_nll"]), tuple(some["hits"])
@@ -251,7 +241,7 @@ def _answers(name: str) -> str:
         + ". Accuracy, in brackets points against dense steps after the same prompts, and the NLL"
         + ("; last the NLL of dense's own continuation" if texts else "")
         + f". {config_note(data['config'])} "
-    ).strip() + f" Source: `benchmarks/results/{name}`."
+    ).strip() + f" Source: `benchmarks/results/{ANSWERS}`."
     head = ("prompt: steps", "read by a prompt", "by a step", *(x for task in tasks for x in (task, "NLL")))
     head += ("prose",) if texts else ()
     return wrapped(text) + "\n\n" + table(head, body)

@@ -17,8 +17,7 @@ ABLATIONS = "ablations_smollm2.json"
 QUALITY, PLAIN = "yardstick_smollm2_4k.json", "yardstick_smollm2_4k_plain.json"
 EARLIER, EARLIER_TRITON = "yardstick_smollm2_4k_mass.json", "yardstick_smollm2_4k_mass_triton.json"
 SPEED, DECODE, GENERATION = "cpu_prompt.json", "cpu_decode.json", "cpu_generation.json"
-# All rows, and the steps of the main settings as they are since layers share what they remember.
-ANSWERS, ANSWERS_SHARED = "answers_smollm2.json", "answers_smollm2_shared.json"
+ANSWERS = "answers_smollm2.json"
 # Fields of a config that say nothing to a prompt.
 STEP_FIELDS = ("step_memory", "step_ahead", "step_across")
 GPU_CUTE, MEMORY, SELECTOR = "gpu_cute.json", "gpu_memory.json", "gpu_selector.json"

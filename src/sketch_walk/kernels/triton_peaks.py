@@ -51,6 +51,8 @@ class PeakLaunch(NamedTuple):
         Of a program.
     max_registers : int, optional
         Of a thread, where the compiler takes a limit (NVIDIA).
+    descriptors : bool
+        Read tiles of keys through a tensor descriptor: Triton 3.4.
     """
 
     rows: int = 64
@@ -59,6 +61,7 @@ class PeakLaunch(NamedTuple):
     num_warps: int = 4
     num_stages: int = 3
     max_registers: int | None = 128
+    descriptors: bool = False
 
 
 class StepLaunch(NamedTuple):
@@ -138,10 +141,15 @@ def _unpack(
 
 
 @triton.jit
-def _products(queries, keys, tile, column, TILE: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr):
-    """Products [ROWS, TILE] of a tile of sub-keys."""
-    row = tl.arange(0, TILE)
-    tile_keys = tl.load(keys + (tile * TILE + row)[:, None] * COLUMNS + column[None, :])
+def _products(
+    queries, keys, key_tiles, first, tile, column, TILE: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr
+):
+    """Products [ROWS, TILE] of a tile of sub-keys, from `keys` of one head or from row `first` on of all."""
+    if key_tiles is None:
+        row = tl.arange(0, TILE)
+        tile_keys = tl.load(keys + (tile * TILE + row)[:, None] * COLUMNS + column[None, :])
+    else:
+        tile_keys = key_tiles.load([first + tile * TILE, 0])
     if WIDEN:
         products = tl.dot(queries.to(tl.float32), tl.trans(tile_keys.to(tl.float32)), input_precision="ieee")
         return products.to(tl.int32)
@@ -210,7 +218,7 @@ def _hide(products, tile, last, end, TILE: tl.constexpr, TILE_BLOCKS: tl.constex
 
 @triton.jit
 def _peaks(
-    query_codes, query_scales, last_rank, keys, key_scales, scratch, normalisers, scores, length,
+    query_codes, query_scales, last_rank, keys, key_tiles, key_scales, scratch, normalisers, scores, length,
     s_batch, s_head, o_batch, o_selection, o_row,
     batch, num_rows, num_heads, num_groups, num_blocks, num_tiles, width, scale_log2,
     GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, KEPT: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
@@ -247,6 +255,7 @@ def _peaks(
             kv_head = head // GROUP
             place = (sequence.to(tl.int64) * (num_heads // GROUP) + kv_head) * num_tiles
             tile_keys = keys + place * TILE * COLUMNS
+            first_row = (place * TILE).to(tl.int32)
             key_steps = key_scales + sequence.to(tl.int64) * s_batch + kv_head.to(tl.int64) * s_head
             # Powers are taken over the first sub-key's logit, which takes out what all keys have in common. Where a
             # logit lies 120 and more above it the sum is cut, and made again from the scratch.
@@ -261,13 +270,13 @@ def _peaks(
                 block = tile * TILE_BLOCKS + block_column
                 # Loaded here, they arrive while the products are made.
                 steps = tl.load(key_steps + 2 * block, mask=block < num_blocks, other=0.0)
-                products = _products(queries, tile_keys, tile, column, TILE, COLUMNS, WIDEN)
+                products = _products(queries, tile_keys, key_tiles, first_row, tile, column, TILE, COLUMNS, WIDEN)
                 logit = _logits(products, units, steps, ROWS, PER_BLOCK, TILE_BLOCKS, False)
                 total = _keep(logit, base, total, to, block, WIDEN)
             for tile in range(clear, tiles):
                 block = tile * TILE_BLOCKS + block_column
                 steps = tl.load(key_steps + 2 * block, mask=block < num_blocks, other=0.0)
-                products = _products(queries, tile_keys, tile, column, TILE, COLUMNS, WIDEN)
+                products = _products(queries, tile_keys, key_tiles, first_row, tile, column, TILE, COLUMNS, WIDEN)
                 products = _hide(products, tile, last, end, TILE, TILE_BLOCKS, PER_BLOCK, KEY_SUB)
                 logit = _logits(products, units, steps, ROWS, PER_BLOCK, TILE_BLOCKS, True)
                 total = _keep(logit, base, total, to, block, WIDEN)
@@ -486,6 +495,13 @@ def unpack_keys(
     return output
 
 
+def _described(keys: Int[Tensor, "batch kv_heads tiles sub_keys columns"]) -> object:
+    """A tensor descriptor of tiles of keys."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(keys.view(-1, keys.shape[4]), list(keys.shape[3:]))
+
+
 def peak_scores(
     queries: PackedQueries,
     codes: Int[Tensor, "batch kv_heads blocks payload"],
@@ -521,8 +537,10 @@ def peak_scores(
     scratch = torch.empty(programs, lanes, width, dtype=torch.float16, device=codes.device)
     normalisers = torch.empty(programs, lanes, dtype=torch.float32, device=codes.device)
     scores = torch.zeros(batch, kv_heads if per_kv_head else 1, rows, blocks, dtype=torch.float32, device=codes.device)
+    key_tiles = _described(keys) if launch.descriptors else None
     _peaks[(programs,)](
-        *queries, keys, scales, scratch, normalisers, scores, length, *scales.stride()[:2], *scores.stride()[:3],
+        *queries, keys, key_tiles, scales, scratch, normalisers, scores, length,
+        *scales.stride()[:2], *scores.stride()[:3],
         batch, rows, heads, groups, blocks, keys.shape[2], width, scale * LOG2_E,
         GROUP=group, TILE_HEADS=tile_heads, KEPT=kept, TILE_ROWS=tile_rows, ROWS=lanes, TILE_BLOCKS=tile_blocks,
         PER_BLOCK=per_block, KEY_SUB=key_sub_block, COLUMNS=columns, CHUNK=CHUNK, PER_HEAD=per_kv_head,
