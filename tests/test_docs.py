@@ -505,14 +505,18 @@ def test_results_name_the_command_that_makes_them_and_no_other_place() -> None:
 
 def test_the_launches_in_bold_are_those_that_run() -> None:
     pytest.importorskip("triton")
-    from sketch_walk.kernels.triton_peaks import PeakLaunch, StepLaunch
+    from sketch_walk.kernels.triton_peaks import TUNED, StepLaunch
 
-    peak, step = PeakLaunch(), StepLaunch()
-    sizes = f"{peak.rows}x{peak.columns}, {peak.num_warps} warps, {peak.max_registers} registers"
-    assert sizes == regions.selector.PEAK_LAUNCH
+    step = StepLaunch()
+    for row in stored.required(stored.SELECTOR)["prefill"]:
+        peak = next(launch for least, launch in TUNED[9] if row["block_size"] // 4 >= least)
+        sizes = f"{peak.rows}x{peak.columns}, {peak.num_warps} warps, {peak.max_registers} registers, descriptors"
+        assert row["launch"] == sizes
+        assert peak.descriptors
     sizes = f"peaks, {step.sub_keys} sub-keys, {step.num_warps} warps, {step.num_stages} stages"
     assert f"{sizes}, {step.max_registers} registers" == regions.selector.STEP_LAUNCH
-    assert regions.selector.gpu_selector().count("| **") == 2
+    rows = stored.required(stored.SELECTOR)
+    assert regions.selector.gpu_selector().count("| **") == len(rows["prefill"]) + len(rows["decode"])
 
 
 def test_plain_means_are_compared_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -262,6 +262,8 @@ LAUNCHES = [
     {"columns": 64},
     {"rows": 32, "columns": 32, "per_processor": 1, "num_stages": 2},
     {"max_registers": None},
+    {"descriptors": True},
+    {"rows": 128, "columns": 32, "descriptors": True},
 ]
 
 
@@ -299,6 +301,8 @@ def test_peak_scores(case: Case) -> None:
 @pytest.mark.parametrize("changes", LAUNCHES, ids=str)
 @pytest.mark.parametrize("head_mode", ["shared", "per_kv_head"])
 def test_how_scores_are_cut_does_not_matter(changes: dict[str, Any], head_mode: str) -> None:
+    if "descriptors" in changes:
+        pytest.importorskip("triton.tools.tensor_descriptor")
     call = Call((2, 8, 2, 150, 45, 32, "left", {"block_size": 16, "head_mode": head_mode}))
     packed, queries, codes, scales, keys = stored_and_packed(call)
     found = peak_scores(
@@ -314,6 +318,27 @@ def test_how_scores_are_cut_does_not_matter(changes: dict[str, Any], head_mode: 
     )
     expected = reference_scores(call, queries, keys)
     torch.testing.assert_close(found, expected, atol=1e-7, rtol=scratch_error(queries, keys, call.scale))
+
+
+def test_tuned_launches_are_for_their_gpu_and_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others, and Triton without descriptors, take the launch that serves any GPU."""
+    from sketch_walk.kernels import triton_peaks
+
+    gpu, found = torch.device("cuda:7"), {}
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, now=capability: now)
+        triton_peaks._tuned.cache_clear()
+        found[capability] = [triton_peaks.peak_launch(gpu, size, 128) for size in (8, 16, 32)]
+        assert triton_peaks.peak_launch(gpu, 16, 64) == PeakLaunch()
+        assert triton_peaks.peak_launch(torch.device("cpu"), 16, 128) == PeakLaunch()
+    assert [launch.descriptors for launch in found[9, 0]] == [True] * 3
+    assert [launch.rows for launch in found[9, 0]] == [64, 64, 128]
+    assert found[8, 0] == found[10, 0] == [PeakLaunch()] * 3
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    triton_peaks._tuned.cache_clear()
+    assert triton_peaks.peak_launch(gpu, 16, 128) == PeakLaunch()
+    triton_peaks._tuned.cache_clear()
 
 
 def test_few_programs_take_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,15 +42,16 @@ CURVE_GROUPS = {
     "sketch-size": "coordinates",
     "salience": "pooling",
 }
-# The launch variants of benchmarks/gpu_selector.py that the kernels take by themselves.
-PEAK_LAUNCH, STEP_LAUNCH = "64x128, 4 warps, 128 registers", "peaks, 256 sub-keys, 2 warps, 2 stages, 128 registers"
+# The launch of a step's peaks that the kernels take by themselves; a prompt's row names its own.
+STEP_LAUNCH = "peaks, 256 sub-keys, 2 warps, 2 stages, 128 registers"
+LAUNCH = "launch"
 # What that script times; the last came later, and is of the step after a prompt.
 LOOK = "look_back"
 PROMPT_STAGES = {
     "sketch_keys": "sketch of keys",
     "sketch_queries": "sketch of queries",
     "unpack": "unpacking of codes",
-    PEAK_LAUNCH: "peaks",
+    LAUNCH: "peaks",
     "call_scores": "the three before in one call",
     "select": "selection",
 }
@@ -72,11 +73,12 @@ def gpu_selector() -> str:
         f"Milliseconds of device time: {data['what']}; {checked}. {data['device']}, torch {data['torch']}, triton "
         f"{data['triton']}. Source: `benchmarks/results/{SELECTOR}`."
     )
-    stages = {name: text for name, text in PROMPT_STAGES.items() if name in data["prefill"][0]["ms"]}
-    looks = [LOOK] if LOOK in data["prefill"][0]["ms"] else []
+    first = data["prefill"][0]
+    stages = {name: text for name, text in PROMPT_STAGES.items() if name in (LAUNCH, *first["ms"])}
+    looks = [LOOK] if LOOK in first["ms"] else []
     prompts, steps = [], []
     for row in data["prefill"]:
-        ms = row["ms"]
+        ms = {**row["ms"], LAUNCH: row["ms"][row[LAUNCH]]}
         whole = sum(ms[name] for name in ("sketch_keys", "call_scores", "select"))
         times = (f"{value:.2f}" for value in (*(ms[name] for name in stages), whole, *(ms[name] for name in looks)))
         prompts.append([f"{row['tokens']:,}", str(row["block_size"]), *times])
@@ -104,14 +106,16 @@ def gpu_selector() -> str:
 
 
 def _variants(call: str, rows: Sequence[Row], times: str, starts: tuple[str, ...], digits: int) -> str:
-    """Time of each launch variant, a column for each row, the default in bold; one that failed shows its error."""
+    """Time of each launch variant, a column for each row, what runs in bold; one that failed shows its error."""
     body = []
     for name in rows[0][times]:
         if name.startswith(starts):
-            values = (row[times][name] for row in rows)
-            label = name.removeprefix("peaks, ")
-            label = f"**{label}**" if name in (PEAK_LAUNCH, STEP_LAUNCH) else label
-            body.append([label, *(v if isinstance(v, str) else f"{v:.{digits}f}" for v in values)])
+            cells = []
+            for row in rows:
+                value = row[times][name]
+                cell = value if isinstance(value, str) else f"{value:.{digits}f}"
+                cells.append(f"**{cell}**" if name == row.get(LAUNCH, STEP_LAUNCH) else cell)
+            body.append([name.removeprefix("peaks, "), *cells])
     batches = [f"batch {row['batch']}, " if "batch" in row else "" for row in rows]
     sizes = [f"{row['tokens']:,} tokens, block {row['block_size']}" for row in rows]
     return table((call, *map("".join, zip(batches, sizes, strict=True))), body)

@@ -10,6 +10,8 @@ Equal to `sketch_walk.sketch.block_scores` but for the scratch's rounding to flo
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -62,6 +64,25 @@ class PeakLaunch(NamedTuple):
     num_stages: int = 3
     max_registers: int | None = 128
     descriptors: bool = False
+
+
+# By major compute capability, for sketches of TUNED_COLUMNS: sub-keys of a block from which on a launch was fastest, in
+# prompts of 65,536 and 131,072 tokens with blocks of 64 and of 128 (`benchmarks/gpu_selector.py`).
+TUNED = {9: ((32, PeakLaunch(128, 128, 2, 8, 3, 128, True)), (0, PeakLaunch(64, 256, 2, 4, 3, 255, True)))}
+TUNED_COLUMNS = 128
+
+
+def peak_launch(device: torch.device, per_block: int, columns: int) -> PeakLaunch:
+    """The launch for blocks of `per_block` sub-keys with sketches of `columns` coordinates."""
+    tuned = _tuned(device.index or 0) if device.type == "cuda" and columns == TUNED_COLUMNS else ()
+    return next((launch for least, launch in tuned if per_block >= least), PeakLaunch())
+
+
+@functools.cache
+def _tuned(index: int) -> tuple[tuple[int, PeakLaunch], ...]:
+    if torch.version.hip is not None or importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return ()
+    return TUNED.get(torch.cuda.get_device_capability(index)[0], ())
 
 
 class StepLaunch(NamedTuple):
@@ -519,8 +540,8 @@ def peak_scores(
     Beyond its result it takes one scratch per running program (float16, `launch.rows` by blocks) and the keys' codes
     as bytes.
     """
-    launch = launch or PeakLaunch()
     batch, rows, heads, kept, columns = queries.codes.shape
+    launch = launch or peak_launch(codes.device, per_block, columns)
     kv_heads, blocks = codes.shape[1], codes.shape[2]
     group = heads // kv_heads
     tile_blocks = max(1, launch.columns // per_block)
