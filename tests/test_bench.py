@@ -39,7 +39,7 @@ from sketch_walk.bench.model import REGISTERED, ModelOptions, dense_model, head_
 from sketch_walk.bench.random_model import LlamaShape, random_llama
 from sketch_walk.bench.record import code_digest, compare, environment, resolve_device, resumed
 from sketch_walk.bench.stages import StageRow
-from sketch_walk.bench.timing import NotCapturableError, capture
+from sketch_walk.bench.timing import NotCapturableError, Stopwatch, capture
 from sketch_walk.cli import main
 from sketch_walk.cli.bench import parse_settings
 from sketch_walk.cli.bench_report import attention_tables, stage_tables
@@ -91,6 +91,28 @@ def test_measure_counts_and_orders() -> None:
     assert one.low_ms == one.median_ms == one.high_ms
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         measure(call, CPU, 0)
+
+
+def test_a_call_may_be_timed_in_several_runs() -> None:
+    pauses = iter([0.0, 0.0, 0.0, 0.02, 0.02, 0.02])
+    watch = Stopwatch(lambda: time.sleep(next(pauses)), CPU)
+    watch.run(3, warm_up=0)
+    first = watch.timing()
+    watch.run(3, warm_up=0)
+    both = watch.timing()
+    assert (first.repeats, both.repeats) == (3, 6)
+    assert first.high_ms < 20 <= both.high_ms
+    assert both.median_ms == pytest.approx(sum(sorted(watch.ms)[2:4]) / 2)
+
+
+def test_rounds_time_every_call_again() -> None:
+    sizes = {"tokens": (96,), "densities": (0.5,), "block_sizes": (32,), "phases": ("prefill",), "check_tokens": 96}
+    options = AttentionOptions(CPU, torch.float32, SHAPE, **sizes, baselines=("sdpa",), repeats=2, rounds=3)
+    rows = run_attention(options)
+    assert [row.timing.repeats for row in rows if row.timing is not None] == [6, 6, 6]
+    assert all(row.tflops is not None and row.tflops > 0 for row in rows)
+    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+        replace(options, rounds=0)
 
 
 def test_a_time_that_the_host_paced_is_marked() -> None:

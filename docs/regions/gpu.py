@@ -144,8 +144,9 @@ def bench_versions(data: dict[str, Any], *packages: str) -> str:
 
 def repeats_text(data: dict[str, Any]) -> str:
     """What a time of a bench file is."""
-    repeats = data["options"]["repeats"]
-    return "a single run of each" if repeats == 1 else f"medians of {repeats}"
+    repeats, rounds = data["options"]["repeats"], data["options"].get("rounds", 1)
+    of_all = f", {repeats} in each of {rounds} rounds" if rounds > 1 else ""
+    return "a single run of each" if repeats * rounds == 1 else f"medians of {repeats * rounds}{of_all}"
 
 
 def default_note(data: dict[str, Any], name: str) -> str:

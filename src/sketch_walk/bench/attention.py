@@ -46,7 +46,7 @@ from sketch_walk.bench.inputs import (
     row_index,
 )
 from sketch_walk.bench.record import Row, compare
-from sketch_walk.bench.timing import NotCapturableError, capture, first_line, measure
+from sketch_walk.bench.timing import NotCapturableError, Stopwatch, capture, first_line
 from sketch_walk.config import SketchWalkConfig
 from sketch_walk.layout import Layout, make_layout
 from sketch_walk.look_back import defers
@@ -75,6 +75,9 @@ class AttentionOptions:
         Names of `sketch_walk.bench.baselines`.
     graph : bool
         Time calls inside a CUDA graph, and eagerly where that is not possible.
+    repeats, rounds : int
+        Each call is timed `repeats` times in a row, and all calls of a case in so many rounds: what a GPU's clock does
+        in the meantime is then the same to all.
     check_tokens : int
         Longest call that is compared with the reference kernel.
     changes : dict
@@ -100,6 +103,7 @@ class AttentionOptions:
     graph: bool = False
     flush: bool = True
     repeats: int = 10
+    rounds: int = 1
     seed: int = 0
     check_tokens: int = 4096
     changes: dict[str, Any] = field(default_factory=dict)
@@ -118,7 +122,7 @@ class AttentionOptions:
                 raise ValueError(f"{name} must be numbers of at least 1, got {getattr(self, name)}")
         if min(self.tokens) < 2:
             raise ValueError(f"tokens must be at least 2, got {min(self.tokens)}")
-        for name in ("repeats", "check_tokens"):
+        for name in ("repeats", "rounds", "check_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         self.configs()
@@ -157,6 +161,8 @@ class Case:
     generator: torch.Generator
     inputs: QKV
     layout: Layout
+    # What is timed in later rounds: rows, and the operations of a call of each.
+    timed: list[tuple[Row, Stopwatch, float]] = field(default_factory=list)
 
     @property
     def scale(self) -> float:
@@ -216,6 +222,10 @@ def _case_rows(options: AttentionOptions, phase: str, batch: int, tokens: int) -
         for impl in options.kernels:
             for kind in options.kinds:
                 yield _sparse_row(case, config, chosen, impl, kind)
+    for _ in range(1, options.rounds):
+        for row, watch, operations in case.timed:
+            watch.run(options.repeats)
+            _time(row, watch, operations)
 
 
 def make_case(options: AttentionOptions, phase: str, batch: int, tokens: int) -> Case:
@@ -360,7 +370,12 @@ def _fill(
                 seen = [first_line(warning.message) for warning in caught if isinstance(warning.message, Warning)]
         if case.graph:
             call = _graphed(row, call, options)
-        row.timing = measure(call, options.device, options.repeats, flush=options.flush)
+        watch = Stopwatch(call, options.device, flush=options.flush)
+        watch.run(options.repeats)
+        operations = _operations(case, read() if callable(read) else read)
+        _time(row, watch, operations)
+        if options.rounds > 1:
+            case.timed.append((row, watch, operations))
     except UnavailableError as error:
         row.reason = str(error)
     except MismatchError as error:
@@ -368,14 +383,16 @@ def _fill(
     except Exception as error:
         row.reason = "; ".join([f"{type(error).__name__}: {first_line(error)}", *seen[:1]])
         row.failed = row.method in kernels.IMPLEMENTATIONS and not is_refusal(error)
-    if row.timing is not None:
-        fraction = read() if callable(read) else read
-        row.tflops = _operations(case, fraction) / row.timing.median_ms / 1e9
-    elif case.graph:
+    if row.timing is None and case.graph:
         row.graph = False
     if options.device.type == "cuda":
         torch.cuda.empty_cache()
     return row
+
+
+def _time(row: Row, watch: Stopwatch, operations: float) -> None:
+    row.timing = watch.timing()
+    row.tflops = operations / row.timing.median_ms / 1e9
 
 
 def is_refusal(error: Exception) -> bool:

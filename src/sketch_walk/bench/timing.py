@@ -66,13 +66,49 @@ def measure(
     ValueError
         If `repeats` is below 1.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
-    host_ms = _warm_up(call, device, warm_up)
-    if device.type != "cuda":
-        return _timing(_wall_times(call, repeats))
-    found = device_times(call, Gpu(device), repeats, flush=flush, host_ms=host_ms)
-    return _timing(found.ms)._replace(host_paced=found.host_paced, host_ms=statistics.median(found.host_ms))
+    watch = Stopwatch(call, device, flush=flush)
+    watch.run(repeats, warm_up)
+    return watch.timing()
+
+
+class Stopwatch:
+    """Times a call in one run or in several, between which others are timed.
+
+    Parameters
+    ----------
+    call, device, flush
+        As in `measure`.
+    """
+
+    def __init__(self, call: Callable[[], Any], device: torch.device, *, flush: bool = True) -> None:
+        self.call, self.device, self.flush = call, device, flush
+        self.ms: list[float] = []
+        self.host_ms: list[float] = []
+        self.host_paced = False
+
+    def run(self, repeats: int, warm_up: int = 2) -> None:
+        """Time `repeats` more, as `measure` does.
+
+        Raises
+        ------
+        ValueError
+            If `repeats` is below 1.
+        """
+        if repeats < 1:
+            raise ValueError(f"repeats must be at least 1, got {repeats}")
+        host_ms = _warm_up(self.call, self.device, warm_up)
+        if self.device.type != "cuda":
+            self.ms += _wall_times(self.call, repeats)
+            return
+        found = device_times(self.call, Gpu(self.device), repeats, flush=self.flush, host_ms=host_ms)
+        self.ms += found.ms
+        self.host_ms += found.host_ms
+        self.host_paced |= found.host_paced
+
+    def timing(self) -> Timing:
+        """Of all runs so far."""
+        host_ms = statistics.median(self.host_ms) if self.host_ms else None
+        return _timing(self.ms)._replace(host_paced=self.host_paced, host_ms=host_ms)
 
 
 def _warm_up(call: Callable[[], Any], device: torch.device, count: int) -> float:
