@@ -16,6 +16,8 @@ from regions.results import (
     MILLION,
     MODEL_STEP,
     PREFILL,
+    SELECTOR,
+    SELECTOR_CALLS,
     SHORT_GRAPH,
     STEP,
     TASKS,
@@ -176,15 +178,21 @@ def gpu_aims() -> str:
 
 
 def _selector_aims() -> Iterable[tuple[str, str, str]]:
+    """What a layer takes above its attention, and in brackets what the selector's kernels take one by one."""
+    kernels = {
+        (row["tokens"], row["block_size"]): sum(row["ms"][name] for name in SELECTOR_CALLS)
+        for row in required(SELECTOR)["prefill"]
+    }
     for _, attention, layer in layer_rows(required(PREFILL)):
         if layer["density"] not in SELECTOR_SHARE:
             continue
         share, most = layer["median_ms"] / attention["median_ms"] - 1, SELECTOR_SHARE[layer["density"]]
+        size = layer["tokens"], layer["block_size"]
         case = f"prompt of {thousands(layer['tokens'])}, block {layer['block_size']}, density {layer['density']:g}"
         yield (
-            f"{case}: selector, of the attention",
+            f"{case}: selector, of the attention (its kernels alone)",
             f"at most {most:.0%}".replace("%", " %"),
-            judged(percent(share), share <= most),
+            f"{judged(percent(share), share <= most)} ({percent(kernels[size] / attention['median_ms'])})",
         )
 
 

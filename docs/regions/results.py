@@ -21,6 +21,8 @@ ANSWERS = "answers_smollm2.json"
 # Fields of a config that say nothing to a prompt.
 STEP_FIELDS = ("step_memory", "step_ahead", "step_across")
 GPU_CUTE, MEMORY, SELECTOR = "gpu_cute.json", "gpu_memory.json", "gpu_selector.json"
+# What a prompt's selector is made of there.
+SELECTOR_CALLS = ("sketch_keys", "call_scores", "select")
 # Of `sketch-walk bench attention`.
 PREFILL, TRITON, STEP = "gpu_prefill.json", "gpu_prefill_triton.json", "gpu_decode.json"
 SHORT, SHORT_GRAPH = "gpu_short.json", "gpu_short_graph.json"

@@ -12,6 +12,7 @@ from regions.quality import config_note
 from regions.results import (
     ABLATIONS,
     SELECTOR,
+    SELECTOR_CALLS,
     STEP_FIELDS,
     Row,
     holds,
@@ -79,7 +80,7 @@ def gpu_selector() -> str:
     prompts, steps = [], []
     for row in data["prefill"]:
         ms = {**row["ms"], LAUNCH: row["ms"][row[LAUNCH]]}
-        whole = sum(ms[name] for name in ("sketch_keys", "call_scores", "select"))
+        whole = sum(ms[name] for name in SELECTOR_CALLS)
         times = (f"{value:.2f}" for value in (*(ms[name] for name in stages), whole, *(ms[name] for name in looks)))
         prompts.append([f"{row['tokens']:,}", str(row["block_size"]), *times])
     for row in data["decode"]:
