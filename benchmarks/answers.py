@@ -41,6 +41,8 @@ BASE: dict[str, Any] = {"min_blocks": 4, "dense_below": 0}
 WAYS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("dense steps", {}, "prefill"),
     ("sparse steps", {}, "both"),
+    ("sparse steps, layers apart", {"step_across": 0.0}, "both"),
+    ("sparse steps, nothing ahead", {"step_ahead": 0.0}, "both"),
     ("sparse steps without a memory", {"step_memory": 0.0}, "both"),
 )
 SETTINGS: dict[str, dict[str, Any]] = {
