@@ -41,9 +41,12 @@ BASE: dict[str, Any] = {"min_blocks": 4, "dense_below": 0}
 WAYS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("dense steps", {}, "prefill"),
     ("sparse steps", {}, "both"),
+    ("sparse steps without a memory", {"step_memory": 0.0}, "both"),
+)
+# With `--parts`: the memory without one of its parts.
+PARTS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("sparse steps, layers apart", {"step_across": 0.0}, "both"),
     ("sparse steps, nothing ahead", {"step_ahead": 0.0}, "both"),
-    ("sparse steps without a memory", {"step_memory": 0.0}, "both"),
 )
 SETTINGS: dict[str, dict[str, Any]] = {
     "0.2": {"density": 0.2},
@@ -54,12 +57,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def ways_of(setting: str) -> dict[str, DecodeWay]:
+def ways_of(setting: str, parts: bool) -> dict[str, DecodeWay]:
     """The rows of a setting. Dense steps after dense prompts are dense, which is a row of its own."""
     config, dense = SketchWalkConfig(**BASE, **SETTINGS[setting]), setting.startswith("dense prompt")
     return {
         f"{setting}: {name}": DecodeWay("decode" if dense else mode, replace(config, **changes))
-        for name, changes, mode in WAYS[dense:]
+        for name, changes, mode in (*WAYS[dense:], *(PARTS if parts else ()))
     }
 
 
@@ -76,7 +79,9 @@ def joined(parts: list[DecodeScores]) -> dict[str, Any]:
     }
 
 
-def measure(lengths: list[int], samples: int, texts: int, new_tokens: int, names: list[str]) -> dict[str, Any]:
+def measure(
+    lengths: list[int], samples: int, texts: int, new_tokens: int, names: list[str], parts: bool
+) -> dict[str, Any]:
     """The rows of the named settings, of every length."""
     loaded = load()
     rows: dict[str, list[DecodeScores]] = {}
@@ -95,7 +100,7 @@ def measure(lengths: list[int], samples: int, texts: int, new_tokens: int, names
                 bar.update()
             for name in settings:
                 config = SketchWalkConfig(**BASE, **SETTINGS[name])
-                for row, scores in measure_ways(loaded.model, workload, dense, config, ways_of(name)).items():
+                for row, scores in measure_ways(loaded.model, workload, dense, config, ways_of(name, parts)).items():
                     rows.setdefault(row, []).append(scores)
                 bar.update()
     device = next(loaded.model.parameters()).device
@@ -158,13 +163,14 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     names = [DENSE, *SETTINGS]
     parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="SETTING", help=", ".join(names))
+    parser.add_argument("--parts", action="store_true", help="also with layers apart, and with nothing ahead")
     parser.add_argument("--merge", type=Path, nargs="*", help="files of earlier runs to join instead of measuring")
     args = parser.parse_args()
     if args.merge:
         record = merged([json.loads(path.read_text(encoding="utf-8")) for path in args.merge])
     else:
         lengths = [int(x) for x in args.tokens.split(",")]
-        record = measure(lengths, args.samples, args.texts, args.new_tokens, args.settings)
+        record = measure(lengths, args.samples, args.texts, args.new_tokens, args.settings, args.parts)
         record["command"] = "python benchmarks/answers.py " + shlex.join(sys.argv[1:])
     record["summary"] = summary(record["rows"])
     for name, row in record["summary"].items():
