@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,23 @@ def joined(parts: list[DecodeScores]) -> dict[str, Any]:
 
 def measure(
     lengths: list[int], samples: int, texts: int, new_tokens: int, names: list[str], parts: bool
-) -> dict[str, Any]:
-    """The rows of the named settings, of every length."""
+) -> Iterator[dict[str, Any]]:
+    """The rows of the named settings that have every length: after each setting of the last one, so that a run which is
+    cut leaves those.
+    """
     loaded = load()
-    rows: dict[str, list[DecodeScores]] = {}
+    device, rows = next(loaded.model.parameters()).device, dict[str, list[DecodeScores]]()
+    about = {
+        "what": f"needle answers{' and dense continuations' if texts else ''}, one call per token",
+        "model": "SmolLM2-135M-Instruct, bfloat16",
+        "tokens": lengths,
+        "seeds": f"0-{samples - 1} of each length",
+        "new_tokens": new_tokens,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "config": SketchWalkConfig(**BASE, density=0.2).to_dict(),
+    }
     settings = [name for name in names if name != DENSE]
     # Steps are held to dense's own continuations, where there are any.
     with_dense = DENSE in names or texts > 0
@@ -103,19 +117,11 @@ def measure(
                 for row, scores in measure_ways(loaded.model, workload, dense, config, ways_of(name, parts)).items():
                     rows.setdefault(row, []).append(scores)
                 bar.update()
-    device = next(loaded.model.parameters()).device
-    return {
-        "what": f"needle answers{' and dense continuations' if texts else ''}, one call per token",
-        "model": "SmolLM2-135M-Instruct, bfloat16",
-        "tokens": lengths,
-        "seeds": f"0-{samples - 1} of each length",
-        "new_tokens": new_tokens,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "config": SketchWalkConfig(**BASE, density=0.2).to_dict(),
-        "rows": {name: joined(parts) for name, parts in rows.items()},
-    }
+                whole = {row: joined(found) for row, found in rows.items() if len(found) == len(lengths)}
+                if whole:
+                    yield {**about, "rows": whole}
+    if not settings:
+        yield {**about, "rows": {DENSE: joined(rows[DENSE])}}
 
 
 def merged(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -161,18 +167,21 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--new-tokens", type=int, default=32)
-    names = [DENSE, *SETTINGS]
+    names = [*SETTINGS, DENSE]
     parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="SETTING", help=", ".join(names))
     parser.add_argument("--parts", action="store_true", help="also with layers apart, and with nothing ahead")
     parser.add_argument("--merge", type=Path, nargs="*", help="files of earlier runs to join instead of measuring")
     args = parser.parse_args()
     if args.merge:
-        record = merged([json.loads(path.read_text(encoding="utf-8")) for path in args.merge])
+        records = iter([merged([json.loads(path.read_text(encoding="utf-8")) for path in args.merge])])
     else:
-        lengths = [int(x) for x in args.tokens.split(",")]
-        record = measure(lengths, args.samples, args.texts, args.new_tokens, args.settings, args.parts)
-        record["command"] = "python benchmarks/answers.py " + shlex.join(sys.argv[1:])
-    record["summary"] = summary(record["rows"])
+        lengths, command = [int(x) for x in args.tokens.split(",")], shlex.join(sys.argv[1:])
+        found = measure(lengths, args.samples, args.texts, args.new_tokens, args.settings, args.parts)
+        records = ({**record, "command": f"python benchmarks/answers.py {command}"} for record in found)
+    for record in records:
+        record["summary"] = summary(record["rows"])
+        if args.out:
+            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, row in record["summary"].items():
         figures = [f"{row[f'{task}_hits']['mean']:.3f} / {row[f'{task}_nll']['mean']:.3f}" for task in TASKS]
         print(
@@ -180,8 +189,6 @@ def main() -> None:
             *figures,
             "" if row["continuation_nll"] is None else round(row["continuation_nll"]["mean"], 3),
         )
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(record["summary"]))
 
 
