@@ -209,33 +209,33 @@ def answers() -> str:
     data = read(ANSWERS)
     if data is None:
         return wrapped(f"Not measured in this checkout yet (`benchmarks/results/{ANSWERS}`).")
+    texts = len(data["rows"]["dense"]["continuation_nll"])
     rows, means = data["rows"], data["summary"]
-    some = next(iter(rows.values()))
-    texts, tasks = len(some["continuation_nll"]), tuple(some["hits"])
+    tasks = tuple(rows["dense"]["hits"])
     body = []
-    for way, row in rows.items():
+    for name, row in rows.items():
         cells = []
         for task in tasks:
-            apart = means[way].get(f"{task}_hits_against_dense_steps")
-            gap = "" if not apart or way.endswith("dense steps") or way == "dense" else f" ({100 * apart['mean']:+.1f})"
-            cells += [f"{means[way][f'{task}_hits']['mean']:.3f}{gap}", f"{means[way][f'{task}_nll']['mean']:.3f}"]
+            apart = means[name][f"{task}_hits_against_dense_steps"]
+            gap = "" if name == "dense" or name.endswith("dense steps") else f" ({100 * apart['mean']:+.1f})"
+            cells += [f"{means[name][f'{task}_hits']['mean']:.3f}{gap}", f"{means[name][f'{task}_nll']['mean']:.3f}"]
         body.append(
             [
-                way,
+                name,
                 *(
                     percent(row[part]) if row[part] is not None else "100 %"
                     for part in ("prefill_density", "decode_density")
                 ),
                 *cells,
-                *([f"{means[way]['continuation_nll']['mean']:.3f}"] if texts else []),
+                *([f"{means[name]['continuation_nll']['mean']:.3f}"] if texts else []),
             ]
         )
-    errors = [100 * means[next(iter(rows))][f"{task}_hits"]["standard_error"] for task in tasks]
-    what = "Needle answers and dense's own continuations" if texts else "Needle answers"
+    samples = len(rows["dense"]["hits"][tasks[0]])
+    errors = [100 * means["dense"][f"{task}_hits"]["standard_error"] for task in tasks]
     text = (
-        f"{what}, one call per token: {data['model']}, {data['device']}, torch {data['torch']}, "
-        f"transformers {data['transformers']}; {len(some['hits'][tasks[0]])} prompts per task of "
-        f"{', '.join(f'{n:,}' for n in data['tokens'])} tokens (standard error of the first row's accuracies "
+        f"{data['what'][0].upper()}{data['what'][1:]}: {data['model']}, {data['device']}, torch {data['torch']}, "
+        f"transformers {data['transformers']}; {samples} prompts per task of "
+        f"{', '.join(f'{n:,}' for n in data['tokens'])} tokens (standard error of a dense accuracy "
         f"{', '.join(f'{error:.1f}' for error in errors)} points)"
         + (f", {texts} continuations of {data['new_tokens']} tokens" if texts else "")
         + ". Accuracy, in brackets points against dense steps after the same prompts, and the NLL"

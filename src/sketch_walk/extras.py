@@ -12,7 +12,7 @@ class MissingExtraError(ImportError):
 
 
 def is_installed(module: str) -> bool:
-    """Whether a top-level module is there, without importing it."""
+    """Whether a module is there, without importing it; of a dotted one the packages that hold it are imported."""
     return importlib.util.find_spec(module) is not None
 
 

@@ -46,8 +46,7 @@ class SharedMemory:
 
     def reserve(self, blocks: int) -> None:
         """Make room for `blocks` blocks and a spare slot."""
-        if blocks >= self.memory.shape[1]:
-            self.memory = _grown(self.memory, _memory_slots(blocks) - 1, 1, -math.inf)
+        self.memory = _with_slots(self.memory, blocks)
 
 
 def packed_size(num_blocks: int) -> int:
@@ -171,8 +170,8 @@ class LayerSketch:
         self.codes = _grown(self.codes, blocks, dim=2)
         if self.scales is not None:
             self.scales = _grown(self.scales, blocks, dim=2)
-        if self.memory is not None and blocks >= self.memory.shape[2]:
-            self.memory = _grown(self.memory, _memory_slots(blocks) - 1, 2, -math.inf)
+        if self.memory is not None:
+            self.memory = _with_slots(self.memory, blocks)
         if self.shared is not None:
             self.shared.reserve(blocks)
         self._grow_rows(blocks)
@@ -450,6 +449,13 @@ class SketchState:
 def _memory_slots(blocks: int) -> int:
     """Slots of a memory of steps: one per block and a spare one at least, so many that rows are aligned."""
     return -(-(blocks + 1) // ALIGNED_SLOTS) * ALIGNED_SLOTS
+
+
+def _with_slots(memory: Tensor, blocks: int) -> Tensor:
+    """`memory`, or a longer copy, with room for `blocks` blocks and a spare slot."""
+    if blocks < memory.shape[-1]:
+        return memory
+    return _grown(memory, _memory_slots(blocks) - 1, memory.dim() - 1, -math.inf)
 
 
 def _nothing(*shape: int, device: torch.device) -> Tensor:

@@ -11,7 +11,6 @@ Equal to `sketch_walk.sketch.block_scores` but for the scratch's rounding to flo
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sketch_walk.extras import is_installed
 from sketch_walk.kernels.triton_sketch import PackedQueries, StepQueries
 from sketch_walk.kernels.triton_tiles import (
     HIDDEN,
@@ -66,8 +66,8 @@ class PeakLaunch(NamedTuple):
     descriptors: bool = False
 
 
-# By major compute capability, for sketches of TUNED_COLUMNS: sub-keys of a block from which on a launch was fastest, in
-# prompts of 65,536 and 131,072 tokens with blocks of 64 and of 128 (`benchmarks/gpu_selector.py`).
+# By major compute capability, for sketches of TUNED_COLUMNS: sub-keys of a block from which on a launch is taken. Of
+# those in `benchmarks/gpu_selector.py` each was the fastest at 131,072 tokens, and within 2 % of that at 65,536.
 TUNED = {9: ((32, PeakLaunch(128, 128, 2, 8, 3, 128, True)), (0, PeakLaunch(64, 256, 2, 4, 3, 255, True)))}
 TUNED_COLUMNS = 128
 
@@ -80,7 +80,7 @@ def peak_launch(device: torch.device, per_block: int, columns: int) -> PeakLaunc
 
 @functools.cache
 def _tuned(index: int) -> tuple[tuple[int, PeakLaunch], ...]:
-    if torch.version.hip is not None or importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+    if torch.version.hip is not None or not is_installed("triton.tools.tensor_descriptor"):
         return ()
     return TUNED.get(torch.cuda.get_device_capability(index)[0], ())
 
