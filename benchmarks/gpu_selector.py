@@ -163,7 +163,7 @@ def prefill(tokens: int, block: int, repeats: int) -> Part:
     assert exact.any()
     assert (exact - found).abs().max().item() < 1e-3
     stages.add("look_back", look)
-    launch = triton_peaks.peak_launch(codes.device, block // 4, HEAD_DIM)
+    launch = triton_peaks.peak_launch(codes.device, HEAD_DIM)
     return {"launch": named(launch), "ms": stages.ms, "host_paced": stages.host_paced}
 
 

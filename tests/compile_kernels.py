@@ -40,7 +40,7 @@ POINTERS = {
     "past": "*i64", "length": "*i64", "query_index": "*i64", "key_index": "*i64", "table": "*i32",
     "query_codes": "*i8", "query_scales": "*fp32", "last_rank": "*i32", "codes": "*u8", "scales": "*fp32",
     "matrix": "*bf16", "keys": "*i8", "key_scales": "*fp32", "scratch": "*fp16", "normalisers": "*fp32",
-    "step_of_spread": "fp32", "salience": "fp32", "contrast": "fp32",
+    "counter": "*i32", "step_of_spread": "fp32", "salience": "fp32", "contrast": "fp32",
     "lse": "*fp32", "delta": "*fp32",
     "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32", "scale_log2": "fp32", "scale": "fp32",
     "budget": "*i64", "sink": "*i64", "local": "*i64", "scores": "*fp32", "best": "*fp32",
@@ -184,7 +184,7 @@ def peaks(target: Target, per_head: bool) -> int:
         "ROWS": launch.rows, "TILE_BLOCKS": tile_blocks, "PER_BLOCK": PER_BLOCK, "KEY_SUB": 4, "COLUMNS": HEAD_DIM,
         "CHUNK": triton_peaks.CHUNK, "PER_HEAD": per_head, "WIDEN": False, "key_tiles": None,
     }  # fmt: skip
-    unpack = {**PACKED, "TILE_BLOCKS": tile_blocks}
+    unpack = {**PACKED, "TILE_BLOCKS": tile_blocks, "WORD": 4}
     size = compile_for(
         triton_peaks._peaks, constants, target, launch.num_warps, launch.num_stages,
         **_limit(launch.max_registers, target),

@@ -328,16 +328,16 @@ def test_tuned_launches_are_for_their_gpu_and_sketch(monkeypatch: pytest.MonkeyP
     for capability in ((8, 0), (9, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, now=capability: now)
         triton_peaks._tuned.cache_clear()
-        found[capability] = [triton_peaks.peak_launch(gpu, size, 128) for size in (8, 16, 32)]
-        assert triton_peaks.peak_launch(gpu, 16, 64) == PeakLaunch()
-        assert triton_peaks.peak_launch(torch.device("cpu"), 16, 128) == PeakLaunch()
-    assert [launch.descriptors for launch in found[9, 0]] == [True] * 3
-    assert [launch.rows for launch in found[9, 0]] == [64, 64, 128]
-    assert found[8, 0] == found[10, 0] == [PeakLaunch()] * 3
+        found[capability] = triton_peaks.peak_launch(gpu, 128)
+        assert triton_peaks.peak_launch(gpu, 64) == PeakLaunch()
+        assert triton_peaks.peak_launch(torch.device("cpu"), 128) == PeakLaunch()
+    assert found[9, 0] == triton_peaks.TUNED[9]
+    assert found[9, 0].descriptors
+    assert found[8, 0] == found[10, 0] == PeakLaunch()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     triton_peaks._tuned.cache_clear()
-    assert triton_peaks.peak_launch(gpu, 16, 128) == PeakLaunch()
+    assert triton_peaks.peak_launch(gpu, 128) == PeakLaunch()
     triton_peaks._tuned.cache_clear()
 
 

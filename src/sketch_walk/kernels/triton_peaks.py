@@ -1,9 +1,10 @@
 """Stage 3 in Triton: "peak" block scores from 8-bit sketches, without ever writing the matrix of sub-scores.
 
-Prefill: a fixed set of programs takes tiles of query rows (some heads of some query blocks) in turn. A program
-multiplies its sub-queries with all sub-keys as whole numbers, keeps the best of every key block in a scratch of its
-own, and with the softmax's normaliser known at the end of the row turns that scratch into scores. Decode: one query
-per sequence against the means and outlines of the key sketches.
+Prefill: a fixed set of programs takes tiles of query rows (some heads of some query blocks), each the next one when it
+is ready, head after head, so that those that run at once read the same keys. A program multiplies its sub-queries with
+all sub-keys as whole numbers, keeps the best of every key block in a scratch of its own, and with the softmax's
+normaliser known at the end of the row turns that scratch into scores. Decode: one query per sequence against the means
+and outlines of the key sketches.
 
 Equal to `sketch_walk.sketch.block_scores` but for the scratch's rounding to float16.
 """
@@ -66,23 +67,22 @@ class PeakLaunch(NamedTuple):
     descriptors: bool = False
 
 
-# By major compute capability, for sketches of TUNED_COLUMNS: sub-keys of a block from which on a launch is taken. Of
-# those in `benchmarks/gpu_selector.py` each was the fastest at 131,072 tokens, and within 2 % of that at 65,536.
-TUNED = {9: ((32, PeakLaunch(128, 128, 2, 8, 3, 128, True)), (0, PeakLaunch(64, 256, 2, 4, 3, 255, True)))}
+# By major compute capability, for sketches of TUNED_COLUMNS: of the launches in `benchmarks/gpu_selector.py` the
+# fastest for blocks of 64 and of 128 tokens, at 65,536 tokens and at 131,072.
+TUNED = {9: PeakLaunch(64, 256, 2, 4, 3, 255, True)}
 TUNED_COLUMNS = 128
 
 
-def peak_launch(device: torch.device, per_block: int, columns: int) -> PeakLaunch:
-    """The launch for blocks of `per_block` sub-keys with sketches of `columns` coordinates."""
-    tuned = _tuned(device.index or 0) if device.type == "cuda" and columns == TUNED_COLUMNS else ()
-    return next((launch for least, launch in tuned if per_block >= least), PeakLaunch())
+def peak_launch(device: torch.device, columns: int) -> PeakLaunch:
+    """The launch for sketches of `columns` coordinates."""
+    return _tuned(device.index or 0) if device.type == "cuda" and columns == TUNED_COLUMNS else PeakLaunch()
 
 
 @functools.cache
-def _tuned(index: int) -> tuple[tuple[int, PeakLaunch], ...]:
+def _tuned(index: int) -> PeakLaunch:
     if torch.version.hip is not None or not is_installed("triton.tools.tensor_descriptor"):
-        return ()
-    return TUNED.get(torch.cuda.get_device_capability(index)[0], ())
+        return PeakLaunch()
+    return TUNED.get(torch.cuda.get_device_capability(index)[0], PeakLaunch())
 
 
 class StepLaunch(NamedTuple):
@@ -130,35 +130,52 @@ def _outlines(packed, ASM: tl.constexpr):
 
 
 @triton.jit
+def _words(pointer, WORD: tl.constexpr):
+    """`pointer` to bytes as one to words of WORD of them."""
+    return pointer.to(tl.pointer_type(tl.uint32 if WORD == 4 else tl.uint8))
+
+
+@triton.jit
 def _unpack(
     codes, scales, output, c_batch, c_head, c_block, s_batch, s_head, num_blocks, num_tiles,
     TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, QUARTER: tl.constexpr, PADDED_QUARTER: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    """int8 codes of a tile of blocks, sub-key s of block j in row s * TILE_BLOCKS + j; blocks past the last are 0."""
+    """int8 codes of a tile of blocks, sub-key s of block j in row s * TILE_BLOCKS + j; blocks past the last are 0.
+
+    WORD bytes at a time: nothing that is computed for one of a word carries over into the next.
+    """
     tile, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.arange(0, TILE_BLOCKS * PER_BLOCK)
     block = tile * TILE_BLOCKS + row % TILE_BLOCKS
-    quarter = tl.arange(0, PADDED_QUARTER)
+    word = tl.arange(0, PADDED_QUARTER // WORD)[None, :]
+    inside = (block < num_blocks)[:, None] & (word < QUARTER // WORD)
     start = codes + sequence.to(tl.int64) * c_batch + head.to(tl.int64) * c_head + block.to(tl.int64) * c_block
-    at = start[:, None] + ((4 + row // TILE_BLOCKS) * QUARTER)[:, None] + quarter[None, :]
-    inside = (block < num_blocks)[:, None] & (quarter < QUARTER)[None, :]
-    p0 = tl.load(at, mask=inside, other=0).to(tl.int32)
-    p1 = tl.load(at + PER_BLOCK * QUARTER, mask=inside, other=0).to(tl.int32)
-    p2 = tl.load(at + 2 * PER_BLOCK * QUARTER, mask=inside, other=0).to(tl.int32)
-    p3 = tl.load(at + 3 * PER_BLOCK * QUARTER, mask=inside, other=0).to(tl.int32)
+    at = _words(start + (4 + row // TILE_BLOCKS) * QUARTER, WORD)[:, None] + word
+    PLANE: tl.constexpr = PER_BLOCK * QUARTER // WORD
+    p0 = tl.load(at, mask=inside, other=0).to(tl.uint32)
+    p1 = tl.load(at + PLANE, mask=inside, other=0).to(tl.uint32)
+    p2 = tl.load(at + 2 * PLANE, mask=inside, other=0).to(tl.uint32)
+    p3 = tl.load(at + 3 * PLANE, mask=inside, other=0).to(tl.uint32)
     bounds = scales + sequence.to(tl.int64) * s_batch + head.to(tl.int64) * s_head + 2 * block + 1
-    bound = tl.load(bounds, mask=block < num_blocks, other=0.0).to(tl.int32)[:, None]
+    bound = tl.load(bounds, mask=block < num_blocks, other=0.0).to(tl.uint32)[:, None] * 0x01010101
     place = (sequence.to(tl.int64) * tl.num_programs(1) + head) * num_tiles + tile
-    to = output + (place * (TILE_BLOCKS * PER_BLOCK) + row)[:, None] * COLUMNS + quarter[None, :]
+    to = _words(output + (place * (TILE_BLOCKS * PER_BLOCK) + row) * COLUMNS, WORD)[:, None] + word
+    mean_at = _words(start, WORD)[:, None] + word
     for number in tl.static_range(4):
-        side = (p0 >> (2 * number)) & 3
-        away = (((p1 >> (2 * number)) & 3) << 4) | (((p2 >> (2 * number)) & 3) << 2) | ((p3 >> (2 * number)) & 3)
-        away += tl.where((side == 0) | (side == 3), bound, tl.where(away >= bound, 64, 0))
-        mean = tl.load(start[:, None] + (number * QUARTER + quarter)[None, :], mask=inside, other=128).to(tl.int32)
-        code = mean - 128 + tl.where(side >= 2, away, -1 - away)
-        written = (quarter < QUARTER)[None, :] & (number * QUARTER + quarter < COLUMNS)[None, :] & (row >= 0)[:, None]
-        tl.store(to + number * QUARTER, tl.where(inside, code, 0).to(tl.int8), mask=written)
+        side = (p0 >> (2 * number)) & 0x03030303
+        away = (((p1 >> (2 * number)) & 0x03030303) << 4) | (((p2 >> (2 * number)) & 0x03030303) << 2)
+        away |= (p3 >> (2 * number)) & 0x03030303
+        # 64 where it is `bound` or more: both are below 128, and so is their difference with that bit set.
+        far = ((away + 0x80808080 - bound) >> 1) & 0x40404040
+        beyond = (((side ^ (side >> 1)) & 0x01010101) ^ 0x01010101) * 255
+        away += (beyond & bound) | ((beyond ^ 0xFFFFFFFF) & far)
+        # -1 - away, of those below the mean, are its bits the other way round.
+        away ^= (((side >> 1) & 0x01010101) ^ 0x01010101) * 255
+        mean = tl.load(mean_at + number * (QUARTER // WORD), mask=inside, other=0).to(tl.uint32) ^ 0x80808080
+        code = ((mean & 0x7F7F7F7F) + (away & 0x7F7F7F7F)) ^ ((mean ^ away) & 0x80808080)
+        written = (word < QUARTER // WORD) & (number * (QUARTER // WORD) + word < COLUMNS // WORD) & (row >= 0)[:, None]
+        tl.store(to + number * (QUARTER // WORD), tl.where(inside, code, 0).to(to.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -222,7 +239,7 @@ def _best_share(scratch, normalisers, start, block, kept, width, LANES: tl.const
     Lane after lane: a thread has the same blocks of all.
     """
     best = tl.full([CHUNK], float("-inf"), tl.float32)
-    for lane in tl.range(start, start + LANES, loop_unroll_factor=min(LANES, 16)):
+    for lane in tl.range(start, start + LANES, loop_unroll_factor=min(LANES, 32)):
         logit = tl.load(scratch + lane * width + block, mask=kept, other=float("-inf"))
         best = tl.maximum(best, logit.to(tl.float32) - tl.load(normalisers + lane))
     return tl.exp2(tl.minimum(best, 0.0))
@@ -239,14 +256,17 @@ def _hide(products, tile, last, end, TILE: tl.constexpr, TILE_BLOCKS: tl.constex
 
 @triton.jit
 def _peaks(
-    query_codes, query_scales, last_rank, keys, key_tiles, key_scales, scratch, normalisers, scores, length,
+    query_codes, query_scales, last_rank, keys, key_tiles, key_scales, scratch, normalisers, scores, counter, length,
     s_batch, s_head, o_batch, o_selection, o_row,
     batch, num_rows, num_heads, num_groups, num_blocks, num_tiles, width, scale_log2,
     GROUP: tl.constexpr, TILE_HEADS: tl.constexpr, KEPT: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr, PER_BLOCK: tl.constexpr, KEY_SUB: tl.constexpr, COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr, PER_HEAD: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of TILE_ROWS query blocks and TILE_HEADS heads of one group, one after the other; later rows first."""
+    """Tiles of TILE_ROWS query blocks and TILE_HEADS heads of one group, one after the other; later rows first.
+
+    `counter` says how many tiles have been taken: they differ in length, so none is meant for any program.
+    """
     BLOCK: tl.constexpr = PER_BLOCK * KEY_SUB
     TILE: tl.constexpr = PER_BLOCK * TILE_BLOCKS
     lane = tl.arange(0, ROWS)
@@ -255,10 +275,11 @@ def _peaks(
     scratch += tl.program_id(0).to(tl.int64) * ROWS * width
     normalisers += tl.program_id(0) * ROWS
     head_tiles = num_heads // TILE_HEADS
-    for task in range(tl.program_id(0), num_groups * head_tiles * batch, tl.num_programs(0)):
-        group = num_groups - 1 - task // (head_tiles * batch)
-        head = (task // batch) % head_tiles * TILE_HEADS
-        sequence = task % batch
+    task = tl.atomic_add(counter, 1, sem="relaxed")
+    while task < num_groups * head_tiles * batch:
+        group = num_groups - 1 - task % num_groups
+        head = (task // num_groups) % head_tiles * TILE_HEADS
+        sequence = task // (num_groups * head_tiles)
         row = group * TILE_ROWS + lane // (KEPT * TILE_HEADS)
         lane_head = head + lane // KEPT % TILE_HEADS
         slot = ((sequence.to(tl.int64) * num_rows + row) * num_heads + lane_head) * KEPT + lane % KEPT
@@ -319,8 +340,11 @@ def _peaks(
                     start = of_tile * (ROWS // TILE_ROWS)
                     score = _best_share(scratch, normalisers, start, block, kept, width, ROWS // TILE_ROWS, CHUNK)
                     to_row = out + (group * TILE_ROWS + of_tile).to(tl.int64) * o_row
-                    tl.atomic_max(to_row + block, score, mask=kept, sem="relaxed")
+                    # Shares are not negative: whole numbers of their bits have their order.
+                    bits, to_bits = score.to(tl.int32, bitcast=True), to_row.to(tl.pointer_type(tl.int32))
+                    tl.atomic_max(to_bits + block, bits, mask=kept, sem="relaxed")
             tl.debug_barrier()
+        task = tl.atomic_add(counter, 1, sem="relaxed")
 
 
 @triton.jit
@@ -510,8 +534,8 @@ def unpack_keys(
     output = make(batch, heads, tiles, tile_blocks * per_block, columns, dtype=torch.int8, device=codes.device)
     _unpack[(tiles, heads, batch)](
         codes, scales, output, *codes.stride()[:3], *scales.stride()[:2], blocks, tiles,
-        TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block, QUARTER=quarter, PADDED_QUARTER=next_power_of_2(quarter),
-        COLUMNS=columns, num_warps=8,
+        TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block, QUARTER=quarter, PADDED_QUARTER=max(4, next_power_of_2(quarter)),
+        COLUMNS=columns, WORD=1 if quarter % 4 else 4, num_warps=8,
     )  # fmt: skip
     return output
 
@@ -541,7 +565,7 @@ def peak_scores(
     as bytes.
     """
     batch, rows, heads, kept, columns = queries.codes.shape
-    launch = launch or peak_launch(codes.device, per_block, columns)
+    launch = launch or peak_launch(codes.device, columns)
     kv_heads, blocks = codes.shape[1], codes.shape[2]
     group = heads // kv_heads
     tile_blocks = max(1, launch.columns // per_block)
@@ -557,10 +581,13 @@ def peak_scores(
     width = -(-keys.shape[2] * tile_blocks // CHUNK) * CHUNK
     scratch = torch.empty(programs, lanes, width, dtype=torch.float16, device=codes.device)
     normalisers = torch.empty(programs, lanes, dtype=torch.float32, device=codes.device)
-    scores = torch.zeros(batch, kv_heads if per_kv_head else 1, rows, blocks, dtype=torch.float32, device=codes.device)
+    selections = kv_heads if per_kv_head else 1
+    # Behind the scores, zero as they are: the counter.
+    zeros = torch.zeros(batch * selections * rows * blocks + 1, dtype=torch.float32, device=codes.device)
+    scores, counter = zeros[:-1].view(batch, selections, rows, blocks), zeros[-1:].view(torch.int32)
     key_tiles = _described(keys) if launch.descriptors else None
     _peaks[(programs,)](
-        *queries, keys, key_tiles, scales, scratch, normalisers, scores, length,
+        *queries, keys, key_tiles, scales, scratch, normalisers, scores, counter, length,
         *scales.stride()[:2], *scores.stride()[:3],
         batch, rows, heads, groups, blocks, keys.shape[2], width, scale * LOG2_E,
         GROUP=group, TILE_HEADS=tile_heads, KEPT=kept, TILE_ROWS=tile_rows, ROWS=lanes, TILE_BLOCKS=tile_blocks,

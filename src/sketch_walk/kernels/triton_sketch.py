@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sketch_walk.kernels.triton_tiles import (
-    HIDDEN,
+    LOG2_E,
     device_of,
     next_power_of_2,
     overlaps,
@@ -52,14 +52,13 @@ class SketchLaunch(NamedTuple):
     max_registers: int | None = None
 
 
-# Without the limit a thread takes 250 registers, and half as many programs run: 0.93 ms for the queries of 131,072
-# tokens on an H100 instead of 0.79.
+# Without the limit fewer programs run: 0.77 ms for the queries of 131,072 tokens on an H100 instead of 0.71.
 LAUNCH = SketchLaunch(16, 2, 4, tiles=8, max_registers=168)
 # A decode step has one block, and a program for it: more warps, and all tokens of a run at once.
 STEP_LAUNCH = SketchLaunch(16, 4, 8)
 MOST_WARPS = 8
 # Programs per multiprocessor that a prompt leaves before its programs take several tiles.
-LEAST_PROGRAMS = 8
+LEAST_PROGRAMS = 16
 
 
 class PackedQueries(NamedTuple):
@@ -171,6 +170,13 @@ def _runs(first, last, SUB: tl.constexpr):
 
 
 @triton.jit
+def _distance(tokens, real, centre):
+    """Squares of the distances of tokens from their block's mean, 0 for what is none."""
+    apart = tokens - centre
+    return tl.where(real, tl.sum(apart * apart, 1), 0.0)
+
+
+@triton.jit
 def _pooled(
     base, index, sequence, start, first_slot, end, token_stride, num_index, dim, salience, contrast,
     TILE: tl.constexpr, RUNS: tl.constexpr, PER_BLOCK: tl.constexpr, SUB: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -178,9 +184,9 @@ def _pooled(
 ):  # fmt: skip
     """Runs of SUB tokens as one vector each [TILE * RUNS, PADDED_DIM], and which of them hold a real token.
 
-    The tile's first block begins at rank `start`; every block has PER_BLOCK runs, of RUNS lanes. Tokens are read twice,
-    the second time from a cache: the weights within a run need the block's mean and spread. UNROLL tokens of every run
-    are in flight at once: registers for time, where few programs run.
+    The tile's first block begins at rank `start`; every block has PER_BLOCK runs, of RUNS lanes. Tokens are asked for
+    three times: for the block's mean, for their distances from it, and with the weights that these give (`salience` in
+    units of log 2). Where UNROLL is SUB there are no loops left, and tokens are read once.
     """
     BLOCK: tl.constexpr = PER_BLOCK * SUB
     lane = tl.arange(0, TILE * RUNS)
@@ -188,40 +194,40 @@ def _pooled(
     rank = start + (lane // RUNS) * BLOCK + (lane % RUNS) * SUB
     filled = (tl.minimum(rank + SUB, end) > tl.maximum(rank, first_slot)) & inside
     total = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
-    squares = tl.zeros([TILE * RUNS], tl.float32)
     for step in tl.range(0, SUB, loop_unroll_factor=UNROLL):
         tokens, _ = _tokens(
             base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
         )
         total += tokens
-        squares += tl.sum(tokens * tokens, 1)
     if SUB == 1:
         return total, filled
     block_start = _block_numbers(start // BLOCK, TILE, TILE == 1) * BLOCK
     count = tl.minimum(block_start + BLOCK, end) - tl.maximum(block_start, first_slot)
-    count = tl.maximum(count, 1).to(tl.float32)
-    centre = _block_sums(total, TILE, RUNS, LONE) / _column(count)
-    square = _block_sums(squares, TILE, RUNS, LONE) / count
-    # A difference of near equals: below a millionth of the square it is rounding, and so is what it weighs.
-    spread = tl.maximum(square - tl.sum(centre * centre, 0 if LONE else 1), square * 1e-6)
-    unit = _of_lanes(salience / tl.maximum(spread, 1.0e-30), TILE, RUNS, LONE)
-    centre = _row_of_lanes(centre, TILE, RUNS, LONE)
-    top = tl.full([TILE * RUNS], HIDDEN, tl.float32)
-    weights = tl.zeros([TILE * RUNS], tl.float32)
-    deviation = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
+    share = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    centre = _row_of_lanes(_block_sums(total, TILE, RUNS, LONE) * _column(share), TILE, RUNS, LONE)
+    top = tl.zeros([TILE * RUNS], tl.float32)
+    distances = tl.zeros([TILE * RUNS], tl.float32)
     for step in tl.range(0, SUB, loop_unroll_factor=UNROLL):
         tokens, real = _tokens(
             base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
         )
-        apart = tokens - centre
-        excess = tl.where(real, tl.sum(apart * apart, 1) * unit, HIDDEN)
-        now = tl.maximum(top, excess)
-        shrink = tl.exp(top - now)
-        weight = tl.where(real, tl.exp(excess - now), 0.0)
-        weights = weights * shrink + weight
-        deviation = deviation * shrink[:, None] + weight[:, None] * apart
-        top = now
-    pooled = centre + (contrast / tl.maximum(weights, 1.1754944e-38))[:, None] * deviation
+        distance = _distance(tokens, real, centre)
+        top = tl.maximum(top, distance)
+        distances += distance
+    spread = _block_sums(distances, TILE, RUNS, LONE) * share
+    unit = _of_lanes(salience / tl.maximum(spread, 1.0e-30), TILE, RUNS, LONE)
+    top *= unit
+    weights = tl.zeros([TILE * RUNS], tl.float32)
+    mixed = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
+    for step in tl.range(0, SUB, loop_unroll_factor=UNROLL):
+        tokens, real = _tokens(
+            base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
+        )
+        weight = tl.where(real, tl.exp2(_distance(tokens, real, centre) * unit - top), 0.0)
+        weights += weight
+        mixed += weight[:, None] * tokens
+    share_of_mixed = contrast / tl.maximum(weights, 1.1754944e-38)
+    pooled = mixed * share_of_mixed[:, None] + (1.0 - contrast) * centre
     return tl.where(filled[:, None], pooled, 0.0), filled
 
 
@@ -254,20 +260,30 @@ def _rotate(pooled, part):
 
 
 @triton.jit
+def _nearest(x):
+    """Nearest whole numbers, of halves the even one, as int32; |x| is below 2^22.
+
+    Added to 1.5 * 2^23 a number is rounded to a whole one, which is what the bits say beyond those of that sum's 0.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
 def _code(values, steps):
-    """Whole numbers -128 ... 127; halves are rounded up where torch rounds them to even: a tie of float32 numbers."""
-    return tl.minimum(tl.maximum(tl.floor(values * steps + 0.5), -128.0), 127.0).to(tl.int32)
+    """Whole numbers -128 ... 127."""
+    return tl.minimum(tl.maximum(_nearest(values * steps), -128), 127)
 
 
 @triton.jit
 def _stored(apart, bound):
     """Bytes, as int32, of codes `apart` from the mean; `bound` is that of their block."""
-    below = apart < 0
-    away = tl.minimum(tl.where(below, -1 - apart, apart), 127)
-    far = away >= bound + 64
-    beyond = ((away >= bound) & (away < bound + 64)).to(tl.int32)
-    away -= tl.where(far, 64, beyond * bound)
-    return (tl.where(below, 1 - beyond, 2 + beyond) << 6) | away
+    below = apart >> 31
+    away = tl.minimum(apart ^ below, 127)
+    over = away - bound
+    beyond = (over >= 0) & (over < 64)
+    steps = tl.where(over >= 64, away - 64, tl.where(beyond, over, away))
+    # The side and what lies beyond the bound are the same two bits on either side, the other way round.
+    return (tl.where(beyond, 192, 128) | steps) ^ (below & 192)
 
 
 @triton.jit
@@ -275,7 +291,8 @@ def _planes(stored, LANES: tl.constexpr, QUARTERS: tl.constexpr):
     """Bytes [LANES, QUARTERS] of all four planes, the first one's lowest, of bytes [LANES, 4 * QUARTERS]: of each, two
     bits of each quarter's coordinates.
     """
-    pairs = (stored >> 6) | (((stored >> 4) & 3) << 8) | (((stored >> 2) & 3) << 16) | ((stored & 3) << 24)
+    # Pairs of bits go to bytes of their own: shifted by 4, 14 and 24 at once, for none of these overlap.
+    pairs = (stored >> 6) | ((stored * 0x01004010) & 0x03030300)
     quarter = tl.arange(0, 4)[None, :, None]
     return tl.sum(tl.reshape(pairs, [LANES, 4, QUARTERS]) << (2 * quarter), 1)
 
@@ -332,9 +349,10 @@ def _sketch_blocks(
 
 @triton.jit
 def _round_queries(values):
-    """Codes [rows, columns] as int8 and scales [rows] of rotated queries."""
-    scale = tl.maximum(tl.max(tl.abs(values), 1) / 127.0, 1.1754944e-38)
-    return tl.floor(values * (1.0 / scale)[:, None] + 0.5).to(tl.int8), scale
+    """Codes [..., columns] as int8 and scales [...] of rotated queries."""
+    LAST: tl.constexpr = len(values.shape) - 1
+    scale = tl.maximum(tl.max(tl.abs(values), LAST) / 127.0, 1.1754944e-38)
+    return _nearest(values * tl.expand_dims(1.0 / scale, LAST)).to(tl.int8), scale
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -377,40 +395,36 @@ def _sketch_query_blocks(
         base, query_index, sequence, start, seen, end, q_token, num_queries, dim, salience, contrast,
         TILE, RUNS, PER_BLOCK, SUB, HEAD_DIM, PADDED_DIM, INDEXED, UNROLL, TILE == 1 and UNROLL > 1,
     )  # fmt: skip
-    values = _rotate(pooled, part)
-    lane = tl.arange(0, TILE * RUNS)
-    run = tl.arange(0, RUNS)
-    of_block = tl.broadcast_to((run < PER_BLOCK)[None, :], [TILE, RUNS])
-    kept = of_block
+    # Apart from the tokens: of one shape with these the codes would have them read in pieces of 16 elements.
+    values = tl.reshape(_rotate(pooled, part), [TILE, RUNS, COLUMNS])
+    real = tl.reshape(real, [TILE, RUNS])
+    number, run = tl.arange(0, TILE)[:, None], tl.arange(0, RUNS)
+    kept = tl.broadcast_to((run < PER_BLOCK)[None, :], [TILE, RUNS])
     place = tl.broadcast_to(run[None, :], [TILE, RUNS])
     if KEPT < PER_BLOCK:
-        real_runs = tl.reshape(real, [TILE, RUNS])
-        grouped = tl.reshape(values, [TILE, RUNS, COLUMNS])
         block_start = _block_numbers(start // BLOCK, TILE, TILE == 1) * BLOCK
         count = _runs(tl.maximum(seen - block_start, 0), tl.minimum(end - block_start, BLOCK), SUB)
-        centre = tl.sum(grouped, 1) / _column(count)
-        apart = grouped - centre[:, None, :]
+        centre = tl.sum(values, 1) / _column(count)
+        apart = values - centre[:, None, :]
         # Two are equally far from their mean, whatever rounding says.
         apart_squared = tl.where(_column(count == 2.0), 0.0, tl.sum(apart * apart, 2))
-        distance = tl.where(real_runs, apart_squared, -1.0)
+        distance = tl.where(real, apart_squared, -1.0)
         # Equal to a stable descending sort: how many come before each. Kept ones stay in the order of their tokens.
         mine, other = distance[:, :, None], distance[:, None, :]
         earlier = run[None, None, :] < run[None, :, None]
         before = (other > mine) | ((other == mine) & earlier)
         ahead = tl.sum((before & (run < PER_BLOCK)[None, None, :]).to(tl.int32), 2)
-        kept = (ahead < KEPT) & of_block
+        kept = (ahead < KEPT) & kept
         place = tl.sum((kept[:, None, :] & earlier).to(tl.int32), 2)
-    kept_lane = tl.reshape(kept, [TILE * RUNS]) & (first_row + lane // RUNS < num_rows)
+    kept = kept & (first_row + number < num_rows)
     rounded, scale = _round_queries(values)
-    last = tl.minimum(start + (lane // RUNS) * BLOCK + (lane % RUNS) * SUB + SUB - 1, end - 1)
+    last = tl.minimum(start + number * BLOCK + (run * SUB)[None, :] + SUB - 1, end - 1)
     first_slot = (sequence.to(tl.int64) * num_rows + first_row) * num_heads + head
-    slot = (lane // RUNS) * (num_heads * KEPT) + tl.reshape(place, [TILE * RUNS])
-    to = codes + first_slot * (KEPT * COLUMNS)
-    tl.store(
-        to + (slot[:, None] * COLUMNS + column[None, :]), rounded, mask=kept_lane[:, None] & (column >= 0)[None, :]
-    )
-    tl.store(scales + first_slot * KEPT + slot, scale, mask=kept_lane)
-    tl.store(last_rank + first_slot * KEPT + slot, tl.where(real, last, -1), mask=kept_lane)
+    slot = number * (num_heads * KEPT) + place
+    to = codes + first_slot * (KEPT * COLUMNS) + (slot[:, :, None] * COLUMNS + column[None, None, :])
+    tl.store(to, rounded, mask=kept[:, :, None] & (column >= 0)[None, None, :])
+    tl.store(scales + first_slot * KEPT + slot, scale, mask=kept)
+    tl.store(last_rank + first_slot * KEPT + slot, tl.where(real, last, -1), mask=kept)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -546,7 +560,7 @@ def sketch_keys(
     programs, each = _in_turn(-(-num_blocks // sizes["TILE"]), heads * batch, key.device)
     _sketch_keys[(programs, heads, batch)](
         key, layout.key_index, layout.past, layout.length, matrix, codes, scales,
-        *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience,
+        *key.stride()[:3], *codes.stride()[:3], *scales.stride()[:3], num_keys, step, salience * LOG2_E,
         each, **sizes, **_quarters(width), INDEXED=layout.key_index is not None,
     )  # fmt: skip
 
@@ -578,7 +592,7 @@ def sketch_queries(
         programs, each = _in_turn(-(-rows // sizes["TILE"]), heads * batch, query.device)
         _sketch_queries[(programs, heads, batch)](
             query, layout.query_index, layout.past, layout.length, matrix, *packed,
-            *query.stride()[:3], rows, num_queries, salience, contrast, each,
+            *query.stride()[:3], rows, num_queries, salience * LOG2_E, contrast, each,
             **sizes, KEPT=kept, COLUMNS=packed.codes.shape[-1], INDEXED=layout.query_index is not None,
         )  # fmt: skip
     return packed
@@ -606,7 +620,7 @@ def sketch_step(
     _sketch_step[(2 * kv_heads, batch)](
         key, layout.key_index, query, layout.query_index, layout.past, layout.length, matrix, codes, scales,
         packed.codes, packed.scales, *key.stride()[:3], *query.stride()[:3], *codes.stride()[:3],
-        *scales.stride()[:3], num_keys, kv_heads, step, salience,
+        *scales.stride()[:3], num_keys, kv_heads, step, salience * LOG2_E,
         **sizes, **_quarters(width), GROUP=group,
         LANES=max(16, next_power_of_2(group)), INDEXED=layout.key_index is not None,
         PDL=overlaps(key.device, batch * kv_heads),
