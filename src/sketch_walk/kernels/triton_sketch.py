@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sketch_walk.kernels.triton_tiles import (
+    HIDDEN,
     LOG2_E,
     device_of,
     next_power_of_2,
@@ -185,45 +186,64 @@ def _pooled(
     """Runs of SUB tokens as one vector each [TILE * RUNS, PADDED_DIM], and which of them hold a real token.
 
     The tile's first block begins at rank `start`; every block has PER_BLOCK runs, of RUNS lanes. Tokens are asked for
-    three times: for the block's mean, for their distances from it, and with the weights that these give (`salience` in
-    units of log 2). Where UNROLL is SUB there are no loops left, and tokens are read once.
+    as often as the block's mean, their distances from it and the weights that these give (`salience` in units of log 2)
+    are found one after the other. With all tokens of a run in flight at once (UNROLL) no loop is left, and they are
+    read once; longer runs are read twice, with the mean distance from sums of squares and weights over the best so far.
     """
     BLOCK: tl.constexpr = PER_BLOCK * SUB
+    ONCE: tl.constexpr = UNROLL >= SUB
     lane = tl.arange(0, TILE * RUNS)
     inside = lane % RUNS < PER_BLOCK
     rank = start + (lane // RUNS) * BLOCK + (lane % RUNS) * SUB
     filled = (tl.minimum(rank + SUB, end) > tl.maximum(rank, first_slot)) & inside
     total = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
+    distances = tl.zeros([TILE * RUNS], tl.float32)
     for step in tl.range(0, SUB, loop_unroll_factor=UNROLL):
         tokens, _ = _tokens(
             base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
         )
         total += tokens
+        if not ONCE:
+            distances += tl.sum(tokens * tokens, 1)
     if SUB == 1:
         return total, filled
     block_start = _block_numbers(start // BLOCK, TILE, TILE == 1) * BLOCK
     count = tl.minimum(block_start + BLOCK, end) - tl.maximum(block_start, first_slot)
     share = 1.0 / tl.maximum(count, 1).to(tl.float32)
-    centre = _row_of_lanes(_block_sums(total, TILE, RUNS, LONE) * _column(share), TILE, RUNS, LONE)
-    top = tl.zeros([TILE * RUNS], tl.float32)
-    distances = tl.zeros([TILE * RUNS], tl.float32)
-    for step in tl.range(0, SUB, loop_unroll_factor=UNROLL):
-        tokens, real = _tokens(
-            base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
-        )
-        distance = _distance(tokens, real, centre)
-        top = tl.maximum(top, distance)
-        distances += distance
+    mean = _block_sums(total, TILE, RUNS, LONE) * _column(share)
+    centre = _row_of_lanes(mean, TILE, RUNS, LONE)
+    top = tl.full([TILE * RUNS], 0.0 if ONCE else HIDDEN, tl.float32)
+    if ONCE:
+        for step in tl.range(0, SUB, loop_unroll_factor=UNROLL):
+            tokens, real = _tokens(
+                base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM,
+                INDEXED,
+            )  # fmt: skip
+            distance = _distance(tokens, real, centre)
+            top = tl.maximum(top, distance)
+            distances += distance
     spread = _block_sums(distances, TILE, RUNS, LONE) * share
+    if not ONCE:
+        # A difference of near equals: below a millionth of the square it is rounding, and so is what it weighs.
+        spread = tl.maximum(spread - tl.sum(mean * mean, 0 if LONE else 1), spread * 1e-6)
     unit = _of_lanes(salience / tl.maximum(spread, 1.0e-30), TILE, RUNS, LONE)
-    top *= unit
+    if ONCE:
+        top *= unit
     weights = tl.zeros([TILE * RUNS], tl.float32)
     mixed = tl.zeros([TILE * RUNS, PADDED_DIM], tl.float32)
     for step in tl.range(0, SUB, loop_unroll_factor=UNROLL):
         tokens, real = _tokens(
             base, index, sequence, rank + step, first_slot, end, token_stride, num_index, dim, inside, HEAD_DIM, INDEXED
         )
-        weight = tl.where(real, tl.exp2(_distance(tokens, real, centre) * unit - top), 0.0)
+        excess = _distance(tokens, real, centre) * unit
+        if not ONCE:
+            excess = tl.where(real, excess, HIDDEN)
+            now = tl.maximum(top, excess)
+            shrink = tl.exp2(top - now)
+            weights *= shrink
+            mixed *= shrink[:, None]
+            top = now
+        weight = tl.where(real, tl.exp2(excess - top), 0.0)
         weights += weight
         mixed += weight[:, None] * tokens
     share_of_mixed = contrast / tl.maximum(weights, 1.1754944e-38)
