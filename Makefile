@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that share the tests.
+WORKERS ?= 2
 RUN_READY := $(VENV)/.ready-run
 TEST_READY := $(VENV)/.ready-test
 DOCS_READY := $(VENV)/.ready-docs
@@ -46,9 +48,9 @@ lint: $(TEST_READY)
 typecheck: $(TEST_READY)
 	$(BIN)/mypy
 
-# One thread: with two on a busy two-core machine the same call swings by a factor of fifty.
+# One thread each: with two on a busy two-core machine the same call swings by a factor of fifty.
 unit: $(TEST_READY)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --cov=sketch_walk --cov-fail-under=90
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=worksteal --cov=sketch_walk --cov-fail-under=90
 
 # Needs a GPU and a torch that sees it: name the environment with VENV.
 test-gpu:
