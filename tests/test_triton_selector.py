@@ -333,6 +333,7 @@ def test_tuned_launches_are_for_their_gpu_and_sketch(monkeypatch: pytest.MonkeyP
         assert triton_peaks.peak_launch(torch.device("cpu"), 128) == PeakLaunch()
     assert found[9, 0] == triton_peaks.TUNED[9]
     assert found[9, 0].descriptors
+    assert found[9, 0].rows == 64
     assert found[8, 0] == found[10, 0] == PeakLaunch()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -166,10 +166,10 @@ def _unpack(
         side = (p0 >> (2 * number)) & 0x03030303
         away = (((p1 >> (2 * number)) & 0x03030303) << 4) | (((p2 >> (2 * number)) & 0x03030303) << 2)
         away |= (p3 >> (2 * number)) & 0x03030303
-        # 64 where it is `bound` or more: both are below 128, and so is their difference with that bit set.
+        # 64 where it is `bound` or more: 128 and what lies between them, which is less, has its highest bit then.
         far = ((away + 0x80808080 - bound) >> 1) & 0x40404040
-        beyond = (((side ^ (side >> 1)) & 0x01010101) ^ 0x01010101) * 255
-        away += (beyond & bound) | ((beyond ^ 0xFFFFFFFF) & far)
+        within = ((side ^ (side >> 1)) & 0x01010101) * 255
+        away += (within & far) | ((within ^ 0xFFFFFFFF) & bound)
         # -1 - away, of those below the mean, are its bits the other way round.
         away ^= (((side >> 1) & 0x01010101) ^ 0x01010101) * 255
         mean = tl.load(mean_at + number * (QUARTER // WORD), mask=inside, other=0).to(tl.uint32) ^ 0x80808080
@@ -534,7 +534,7 @@ def unpack_keys(
     output = make(batch, heads, tiles, tile_blocks * per_block, columns, dtype=torch.int8, device=codes.device)
     _unpack[(tiles, heads, batch)](
         codes, scales, output, *codes.stride()[:3], *scales.stride()[:2], blocks, tiles,
-        TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block, QUARTER=quarter, PADDED_QUARTER=max(4, next_power_of_2(quarter)),
+        TILE_BLOCKS=tile_blocks, PER_BLOCK=per_block, QUARTER=quarter, PADDED_QUARTER=next_power_of_2(quarter),
         COLUMNS=columns, WORD=1 if quarter % 4 else 4, num_warps=8,
     )  # fmt: skip
     return output
